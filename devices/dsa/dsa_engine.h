@@ -1,0 +1,3 @@
+/* cffi: begin */
+struct pv_dsa;
+/* cffi: end */

@@ -1,0 +1,3 @@
+/* cffi: begin */
+struct pv_mappings;
+/* cffi: end */

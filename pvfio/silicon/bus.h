@@ -1,0 +1,92 @@
+/*
+ * The bus master: how a device reads and writes memory.
+ *
+ * A device holds a `struct pv_bus` and knows nothing of what is behind it: the pvIOMMU's requester (iommu.h) is
+ * one implementation, a plain table of (iova, size, pointer) another (table_bus.c). Operations are split at page
+ * boundaries and, between the pages, into sections of at most PV_SECTION_BYTES: a translation is used only
+ * inside the section that made it. An operation stops at the first page that does not translate and reports how
+ * many bytes are done and the exact IOVA; no byte of the faulting page or after it is touched.
+ *
+ * Not modelled: PCIe ordering between requests, TLP sizes, relaxed ordering, peer-to-peer.
+ */
+#ifndef PVFIO_BUS_H
+#define PVFIO_BUS_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct pv_bus;
+
+/* Host memory behind an IOVA: `len` bytes from `ptr` on, to the end of the translation. */
+struct pv_span {
+    uint8_t *ptr;
+    uint64_t len;
+};
+
+struct pv_bus_ops {
+    /* Inside a section. 0, or -EFAULT after the fault was logged. */
+    int (*translate)(struct pv_bus *bus, uint64_t iova, uint32_t perm, struct pv_span *span);
+    void (*enter)(struct pv_bus *bus);
+    void (*leave)(struct pv_bus *bus);
+    /* An interrupt message. 0, or -EFAULT where nothing accepts it. */
+    int (*msi)(struct pv_bus *bus, uint64_t addr, uint32_t data);
+    void (*destroy)(struct pv_bus *bus);
+};
+
+struct pv_bus {
+    const struct pv_bus_ops *ops;
+    /* Not zero: operations end with -ECANCELED at the next section (reset, abort, surprise removal). */
+    _Atomic uint32_t cancel;
+};
+
+/* Called for every piece of a range, inside a section; not zero ends the walk with that value. */
+typedef int (*pv_span_fn)(void *arg, uint8_t *ptr, uint64_t len);
+
+/* cffi: begin */
+#define PV_DMA_READ 1
+#define PV_DMA_WRITE 2
+#define PV_SECTION_BYTES 65536
+
+struct pv_bus;
+
+/* How far an operation came. `perm` is the permission that was missing at fault_iova. */
+struct pv_dma {
+    uint64_t done;
+    uint64_t fault_iova;
+    uint32_t perm;
+    uint32_t backward; /* pv_bus_move ran from the end; `done` counts from the end */
+};
+
+struct pv_table_bus_stats {
+    uint64_t msis;
+    uint64_t last_msi_addr;
+    uint32_t last_msi_data;
+};
+
+/* All: 0, -EFAULT (fault_iova, done), -ECANCELED (done). */
+int pv_bus_read(struct pv_bus *bus, uint64_t iova, void *dst, uint64_t n, struct pv_dma *dma);
+int pv_bus_write(struct pv_bus *bus, uint64_t iova, const void *src, uint64_t n, struct pv_dma *dma);
+int pv_bus_move(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma);
+int pv_bus_fill(struct pv_bus *bus, uint64_t dst, const void *pattern8, uint64_t n, struct pv_dma *dma);
+/* 1: differs, dma->done is the offset of the first different byte. */
+int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma);
+int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data);
+void pv_bus_cancel(struct pv_bus *bus, int on);
+void pv_bus_destroy(struct pv_bus *bus);
+
+/* The plain table. Entries do not overlap; memory stays the caller's. Interrupts are counted, and ring `eventfd` (-1: none). */
+struct pv_bus *pv_table_bus_create(int eventfd);
+int pv_table_bus_map(struct pv_bus *bus, uint64_t iova, uint64_t size, void *ptr, uint32_t perm);
+int pv_table_bus_unmap(struct pv_bus *bus, uint64_t iova, uint64_t size);
+void pv_table_bus_stats(struct pv_bus *bus, struct pv_table_bus_stats *out);
+/* cffi: end */
+
+int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv_span_fn fn, void *arg,
+                struct pv_dma *dma);
+/* As pv_bus_move, forward only, and fn sees each piece of the source after it was copied (copy and CRC in one pass). */
+int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
+                     struct pv_dma *dma);
+
+#endif
