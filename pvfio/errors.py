@@ -14,6 +14,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeviceFailed",
     "HypercallError",
+    "IommuError",
     "PageTableError",
     "PvfioError",
     "VfioError",
@@ -66,6 +67,10 @@ class VfioError(_OsError):
 
 class PageTableError(_OsError):
     """A page-table operation was refused; ``errno`` is what Linux's generic page table gives."""
+
+
+class IommuError(_OsError):
+    """The guest's IOMMU or PCI layer refused a request before any hypercall was made."""
 
 
 class HypercallError(_OsError):
