@@ -1,9 +1,9 @@
 """Builds ``pvfio._native``, the one abi3 extension, from every C source of the project.
 
 Each room of C describes its public face twice in one place: ``<room>.h`` for C, and, for cffi, the part of
-the same header between ``/* cffi: begin */`` and ``/* cffi: end */``. The headers of ``pvfio/abi`` are cdef text
-as a whole. Environment: ``PVFIO_SANITIZE=address,undefined`` adds those sanitizers, ``PVFIO_WERROR=1`` makes every
-warning an error.
+the same header between ``/* cffi: begin */`` and ``/* cffi: end */``. The headers of ``pvfio/abi`` are cdef
+text as a whole. Environment: ``PVFIO_SANITIZE=address,undefined`` adds those sanitizers, ``PVFIO_WERROR=1``
+makes every warning an error.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def sources() -> list[str]:
 
 def flags() -> tuple[list[str], list[str]]:
     """Compiler and linker arguments for this build."""
-    compile_args = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-pthread"]
+    compile_args = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-g1", "-fno-strict-aliasing", "-pthread"]
+    compile_args += ["-Wall", "-Wextra"]
     link_args = ["-pthread"]
     sanitize = os.environ.get("PVFIO_SANITIZE")
     if sanitize:

@@ -1,8 +1,8 @@
 """What pvfio raises.
 
-Few types, each one a thing a caller may want to handle; the errno says which of the kernel's reasons it was, and the
-fields carry what a debugger needs. A mistake in the program itself (a wrong type, a bad configuration) is a
-plain ``TypeError`` or ``ValueError``.
+Few types, each one a thing a caller may want to handle; the errno says which of the kernel's reasons it was,
+and the fields carry what a debugger needs. A mistake in the program itself (a wrong type, a bad
+configuration) is a plain ``TypeError`` or ``ValueError``.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class IommuError(_OsError):
 class HypercallError(_OsError):
     """The hypervisor refused a hypercall.
 
-    ``status`` is the HV_STATUS value, ``status_name`` its name, ``errno`` what Linux makes of it, ``completed`` how many
-    entries of a rep hypercall were done.
+    ``status`` is the HV_STATUS value, ``status_name`` its name, ``errno`` what Linux makes of it,
+    ``completed`` how many entries of a rep hypercall were done.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class DeadlineExceeded(PvfioError, TimeoutError):
 
 
 class DeviceFailed(PvfioError):
-    """A device stopped serving its driver (crashed, halted, removed) and only a reset or a new machine helps."""
+    """A device stopped serving its driver (crashed, halted, removed): only a reset or a new machine helps."""
 
     def __init__(self, device: str, reason: str) -> None:
         super().__init__(f"{device}: {reason}")

@@ -1,8 +1,8 @@
 """numpy dtypes derived from cffi types, so that a wire structure is written once.
 
-Unions become overlapping fields (an anonymous one's members are the structure's own). A flexible array
-member is left out: the dtype is the fixed part. Bit fields are refused: a field that numpy must see is a whole
-word plus masks.
+Unions become overlapping fields (an anonymous one's members are the structure's own). A flexible array member
+is left out: the dtype is the fixed part. Bit fields are refused: a field that numpy must see is a whole word
+plus masks. Words are little-endian, as every wire format here is.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _PRIMITIVE = {
 
 
 @cache
-def dtype_of(name: str) -> np.dtype[Any]:
+def dtype_of(ctype: Any) -> np.dtype[Any]:
     """The numpy dtype of a C type, e.g. ``dtype_of("struct dsa_hw_desc")``.
 
-    Offsets, padding and size are the C compiler's. Raises ``TypeError`` for a bit field, a pointer or any type
-    that has no numpy form.
+    ``ctype`` is the name of a type that the extension knows, or a cffi type. Offsets, padding and size are
+    the C compiler's. Raises ``TypeError`` for a bit field, a pointer, an opaque structure or any other type
+    that has no numpy form, and ``ffi.error`` for an unknown name.
     """
-    return _dtype(ffi.typeof(name))
+    return _dtype(ffi.typeof(ctype) if isinstance(ctype, str) else ctype)
 
 
 def _dtype(ctype: Any) -> np.dtype[Any]:
     import numpy as np
 
-    if ctype.kind == "primitive":
-        if ctype.cname not in _PRIMITIVE:
-            raise TypeError(f"no numpy form of {ctype.cname}")
+    if ctype.kind == "primitive" and ctype.cname in _PRIMITIVE:
         return np.dtype(_PRIMITIVE[ctype.cname])
     if ctype.kind == "array" and ctype.length is not None:
-        return np.dtype((_dtype(ctype.item), (ctype.length,)))
-    if ctype.kind not in ("struct", "union"):
+        item = _dtype(ctype.item)
+        return np.dtype((item.base, (ctype.length, *item.shape)))
+    if ctype.kind not in ("struct", "union") or ctype.fields is None:
         raise TypeError(f"no numpy form of {ctype.cname}")
     names: list[str] = []
     formats: list[Any] = []
