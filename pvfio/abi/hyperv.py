@@ -65,8 +65,9 @@ def status_errno(status: int) -> int:
 def logical_id_prefix(instance_guid: bytes) -> int:
     """The part of a logical device ID that a vPCI bus gives: a device's ID is this | its PCI function number.
 
-    ``instance_guid``: the 16 bytes of the VMBus channel's instance GUID as they lie in memory (for a ``uuid.UUID``: its
-    ``bytes_le``). Source: Linux's vPCI driver, ``b[5] << 24 | b[4] << 16 | b[7] << 8 | (b[6] & 0xf8)``.
+    ``instance_guid``: the 16 bytes of the VMBus channel's instance GUID as they lie in memory (for a
+    ``uuid.UUID``: its ``bytes_le``). Source: the registry rule of the pvIOMMU series,
+    ``b[5] << 24 | b[4] << 16 | b[7] << 8 | (b[6] & 0xf8)``.
     """
     b = instance_guid
     return b[5] << 24 | b[4] << 16 | b[7] << 8 | (b[6] & 0xF8)

@@ -63,6 +63,7 @@ struct pci_type0_header {
 
 #define PCI_STATUS_INTERRUPT 0x8
 #define PCI_STATUS_CAP_LIST 0x10
+#define PCI_STATUS_ERRORS 0xf900
 
 #define PCI_HEADER_TYPE_MULTIFUNCTION 0x80
 
@@ -96,6 +97,7 @@ struct pci_type0_header {
 #define PCI_EXP_DEVCAP_FLR 0x10000000
 #define PCI_EXP_DEVCTL 8
 #define PCI_EXP_DEVCTL_WRITABLE 0x78ff
+#define PCI_EXP_DEVCTL_AFTER_RESET 0x2810
 #define PCI_EXP_DEVCTL_BCR_FLR 0x8000
 #define PCI_EXP_DEVSTA 10
 #define PCI_EXP_DEVSTA_ERRORS 0xf
