@@ -57,7 +57,9 @@ class GuestMemory:
         """Counts as they are now."""
         raw = ffi.new("struct pv_memory_stats *")
         lib.pv_memory_stats(self.ptr, raw)
-        return MemoryStats(raw.frames, raw.free_frames, raw.table_pages, raw.host_pages, raw.extents, raw.pins)
+        return MemoryStats(
+            raw.frames, raw.free_frames, raw.table_pages, raw.host_pages, raw.extents, raw.pins
+        )
 
     def ram_ranges(self) -> tuple[tuple[int, int], ...]:
         """The guest's RAM as (first GPA, bytes), lowest first; between them is the MMIO hole."""

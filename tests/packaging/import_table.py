@@ -32,7 +32,7 @@ class RoomsField(fields.Field[dict[str, list[str]]]):
         if not isinstance(raw_data, dict) or not all(isinstance(row, list) for row in raw_data.values()):
             raise fields.ValidationError("expected a table of lists")
         named = {name for row in raw_data.values() for name in row} - {"*"}
-        unknown = {name for name in named if name not in raw_data and name.rpartition(".")[0] not in raw_data}
+        unknown = {name for name in named if not any(holds(room, name) for room in raw_data)}
         if unknown:
             raise fields.ValidationError(f"rooms without a row: {', '.join(sorted(unknown))}")
         return raw_data
