@@ -64,7 +64,7 @@ struct pt_stats {
     uint64_t detached; /* table pages that wait for pt_release_detached */
 };
 
-/* NULL and *error: EINVAL for a configuration the format cannot have, ENOMEM. */
+/* NULL and *error: -EINVAL for a configuration the format cannot have, -ENOMEM. */
 struct pt_table *pt_create(const struct pt_config *config, int *error);
 /* Hands every page back. The table must be attached to nothing. */
 void pt_destroy(struct pt_table *table);
@@ -91,7 +91,7 @@ void pt_get_stats(const struct pt_table *table, struct pt_stats *out);
 
 /* log2 of the largest page of the bitmap that fits at the start of the range; 0: none. */
 uint32_t pt_best_pgsize_lg2(uint64_t pgsize_bitmap, uint64_t iova, uint64_t phys, uint64_t size);
-/* One entry, for tests and tools: as the hardware reads it; as software writes it. */
+/* One entry, for tests and tools: as the hardware reads it; as software writes it (0: this level cannot hold it). */
 void pt_decode_entry(int format, uint64_t entry, uint32_t level, struct pt_walk_entry *out);
 uint64_t pt_encode_leaf(int format, uint32_t level, uint32_t size_lg2, uint64_t phys, uint32_t perm);
 uint64_t pt_encode_table(int format, uint32_t level, uint64_t phys);
