@@ -24,12 +24,12 @@ def _fields(struct: str) -> list[tuple[str, int]]:
 
 def _program() -> str:
     lines = ["#include <stdio.h>", "#include <stddef.h>", "#include <linux/vfio.h>", "int main(void) {"]
-    for macro in MACROS:
-        lines.append(f'printf("{macro} %lld\\n", (long long)({macro}));')
+    lines += [f'printf("{macro} %lld\\n", (long long)({macro}));' for macro in MACROS]
     for struct in STRUCTS:
         lines.append(f'printf("sizeof {struct} %zu\\n", sizeof(struct {struct}));')
-        for field, _ in _fields(struct):
-            lines.append(f'printf("{struct}.{field} %zu\\n", offsetof(struct {struct}, {field}));')
+        lines += [
+            f'printf("{struct}.{f} %zu\\n", offsetof(struct {struct}, {f}));' for f, _ in _fields(struct)
+        ]
     return "\n".join([*lines, "return 0; }"])
 
 

@@ -1,0 +1,128 @@
+"""An interrupt index of a device: eventfds for its vectors, and waiting for them.
+
+The eventfds are the user's side and live here; ``_set`` hands VFIO_DEVICE_SET_IRQS to the backend.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from abc import ABC, abstractmethod
+
+import trio
+
+from pvfio.abi import lib
+from pvfio.errors import DeadlineExceeded, VfioError
+
+__all__ = ["Irq"]
+
+
+class Irq(ABC):
+    """``index`` VFIO_PCI_*_IRQ_INDEX, ``count`` vectors (0: the device has none), ``flags`` VFIO_IRQ_INFO_*."""
+
+    def __init__(self, device: str, index: int, count: int, flags: int) -> None:
+        self.device = device
+        self.index = index
+        self.count = count
+        self.flags = flags
+        self._fds: list[int] = []
+
+    @abstractmethod
+    def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
+        """VFIO_DEVICE_SET_IRQS. Raises VfioError."""
+
+    @property
+    def enabled(self) -> int:
+        """How many vectors have an eventfd."""
+        return len(self._fds)
+
+    async def enable(self, n: int = 1) -> None:
+        """Makes eventfds for vectors 0 to n - 1 and enables the index.
+
+        Raises VfioError EINVAL when it is enabled, when another index is (INTx, MSI and MSI-X exclude each
+        other), or for more vectors than there are. Cancelled: not enabled.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._fds or n < 1:
+            raise VfioError(
+                errno.EINVAL, "enable interrupts", "enabled already" if self._fds else "", device=self.device
+            )
+        fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(n)]
+        flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_TRIGGER
+        try:
+            self._set(flags, 0, n, struct.pack(f"={n}i", *fds))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        self._fds = fds
+
+    async def disable(self) -> None:
+        """Tears the index down and closes its eventfds; tasks that wait get trio.ClosedResourceError.
+
+        Nothing happens when it is not enabled. Cancelled: still enabled.
+        """
+        await trio.lowlevel.checkpoint()
+        self._disable()
+
+    async def wait(self, vector: int = 0, *, deadline: float) -> int:
+        """Waits until the vector has fired; returns how often it has since the last wait (at least 1).
+
+        ``deadline`` is in seconds; raises DeadlineExceeded. Raises VfioError EINVAL for a vector that is not
+        enabled, trio.ClosedResourceError when it is disabled meanwhile. Cancelled: no interrupt is lost.
+        """
+        fd = self.fd(vector)
+        await trio.lowlevel.checkpoint()
+        with trio.move_on_after(deadline):
+            while True:
+                if self._fds[vector : vector + 1] != [fd]:
+                    raise trio.ClosedResourceError(f"interrupts of {self.device} were disabled")
+                try:
+                    return os.eventfd_read(fd)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(fd)
+        raise DeadlineExceeded(f"wait for interrupt {self.index}.{vector}", deadline, device=self.device)
+
+    def wait_nowait(self, vector: int = 0) -> int:
+        """How often the vector has fired since the last wait; raises trio.WouldBlock when it has not."""
+        try:
+            return os.eventfd_read(self.fd(vector))
+        except BlockingIOError:
+            raise trio.WouldBlock from None
+
+    async def trigger(self, vector: int = 0) -> None:
+        """Fires a vector from here (loopback), as if the device had. Cancelled: not fired."""
+        await trio.lowlevel.checkpoint()
+        self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, vector, 1)
+
+    async def mask(self, vector: int = 0) -> None:
+        """Masks. INTx only: MSI and MSI-X raise VfioError ENOTTY, as Linux does. Cancelled: not masked."""
+        await trio.lowlevel.checkpoint()
+        self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_MASK, vector, 1)
+
+    async def unmask(self, vector: int = 0) -> None:
+        """Unmasks; INTx masks itself whenever it fires. Otherwise as ``mask``."""
+        await trio.lowlevel.checkpoint()
+        self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_UNMASK, vector, 1)
+
+    def fd(self, vector: int = 0) -> int:
+        """The eventfd of a vector; it stays this object's. Raises VfioError EINVAL for one that is not
+        enabled.
+        """
+        if not 0 <= vector < len(self._fds):
+            raise VfioError(
+                errno.EINVAL, f"interrupt {self.index}.{vector}", "not enabled", device=self.device
+            )
+        return self._fds[vector]
+
+    def _disable(self) -> None:
+        if not self._fds:
+            return
+        fds, self._fds = self._fds, []
+        try:
+            self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0)
+        finally:
+            for fd in fds:
+                trio.lowlevel.notify_closing(fd)
+                os.close(fd)
