@@ -1,0 +1,219 @@
+/*
+ * Engines: threads and inline runners (see engine.h).
+ *
+ * Steps run under the `run` mutex, so "no step runs" is "the mutex is free and somebody is pausing". `kicks` counts
+ * announcements and is the futex word: a runner that saw the latest kick and found no work may sleep.
+ */
+#include "engine.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SPIN_NS 10000
+
+struct pv_engine {
+    pv_engine_step step;
+    void *device;
+    int kind;
+    uint64_t poll_ns;
+    pthread_t thread;
+    pthread_mutex_t run;
+    _Atomic uint32_t kicks;
+    _Atomic uint32_t sleeping;
+    _Atomic uint32_t leaving;
+    _Atomic uint32_t pausing;
+    _Atomic uint32_t stopped;
+    _Atomic int64_t stop_in; /* gates to pass before the stop point; < 0: none */
+    _Atomic uint64_t gates, sleeps;
+    int stop_fd;
+};
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static void futex_wait(_Atomic uint32_t *word, uint32_t seen, uint64_t timeout_ns)
+{
+    struct timespec t = {(time_t)(timeout_ns / 1000000000), (long)(timeout_ns % 1000000000)};
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, timeout_ns ? &t : NULL, NULL, 0);
+}
+
+static void futex_wake(_Atomic uint32_t *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+/* With `run` held: steps until idle, stopped or paused. */
+static void run_steps(struct pv_engine *e)
+{
+    while (!atomic_load(&e->pausing) && !atomic_load(&e->stopped) && !atomic_load(&e->leaving))
+        if (e->step(e->device) != PV_STEP_PROGRESS)
+            break;
+}
+
+static void run_inline(struct pv_engine *e)
+{
+    for (;;) {
+        uint32_t seen = atomic_load(&e->kicks);
+        if (pthread_mutex_trylock(&e->run))
+            return; /* whoever runs looks at `kicks` again after unlocking */
+        run_steps(e);
+        pthread_mutex_unlock(&e->run);
+        if (atomic_load(&e->kicks) == seen)
+            return;
+    }
+}
+
+static void idle(struct pv_engine *e, uint32_t seen)
+{
+    uint64_t until = now_ns() + SPIN_NS;
+    do {
+        for (int i = 0; i < 32; i++) {
+            if (atomic_load_explicit(&e->kicks, memory_order_acquire) != seen)
+                return;
+            __builtin_ia32_pause();
+        }
+    } while (now_ns() < until);
+    atomic_store(&e->sleeping, 1);
+    if (atomic_load(&e->kicks) == seen) {
+        atomic_fetch_add_explicit(&e->sleeps, 1, memory_order_relaxed);
+        futex_wait(&e->kicks, seen, e->poll_ns);
+    }
+    atomic_store(&e->sleeping, 0);
+}
+
+static void *run_thread(void *arg)
+{
+    struct pv_engine *e = arg;
+    while (!atomic_load(&e->leaving)) {
+        uint32_t seen = atomic_load(&e->kicks);
+        pthread_mutex_lock(&e->run);
+        run_steps(e);
+        pthread_mutex_unlock(&e->run);
+        idle(e, seen);
+    }
+    return NULL;
+}
+
+static void free_engine(struct pv_engine *e)
+{
+    if (e->stop_fd >= 0)
+        close(e->stop_fd);
+    pthread_mutex_destroy(&e->run);
+    free(e);
+}
+
+struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, uint64_t poll_ns)
+{
+    struct pv_engine *e = calloc(1, sizeof(*e));
+    if (!e)
+        return NULL;
+    e->step = step;
+    e->device = device;
+    e->kind = kind;
+    e->poll_ns = poll_ns;
+    atomic_init(&e->stop_in, -1);
+    pthread_mutex_init(&e->run, NULL);
+    e->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (e->stop_fd < 0 || (kind == PV_ENGINE_THREAD && pthread_create(&e->thread, NULL, run_thread, e))) {
+        free_engine(e);
+        return NULL;
+    }
+    return e;
+}
+
+void pv_engine_kick(struct pv_engine *e)
+{
+    atomic_fetch_add(&e->kicks, 1);
+    if (e->kind == PV_ENGINE_INLINE)
+        run_inline(e);
+    else if (atomic_load(&e->sleeping))
+        futex_wake(&e->kicks);
+}
+
+void pv_engine_destroy(struct pv_engine *e)
+{
+    if (!e)
+        return;
+    if (e->kind == PV_ENGINE_THREAD) {
+        atomic_store(&e->leaving, 1);
+        pv_engine_kick(e);
+        pthread_join(e->thread, NULL);
+    }
+    free_engine(e);
+}
+
+bool pv_engine_gate(struct pv_engine *e)
+{
+    int64_t left = atomic_load_explicit(&e->stop_in, memory_order_relaxed);
+    while (left >= 0) {
+        if (!atomic_compare_exchange_weak(&e->stop_in, &left, left - 1))
+            continue;
+        if (left > 0)
+            break;
+        atomic_store(&e->stopped, 1);
+        eventfd_write(e->stop_fd, 1);
+        return false;
+    }
+    atomic_fetch_add_explicit(&e->gates, 1, memory_order_relaxed);
+    return true;
+}
+
+bool pv_engine_pausing(struct pv_engine *e)
+{
+    return atomic_load_explicit(&e->pausing, memory_order_relaxed) || atomic_load_explicit(&e->leaving, memory_order_relaxed);
+}
+
+void pv_engine_stop_before(struct pv_engine *e, int64_t n)
+{
+    atomic_store(&e->stop_in, n);
+}
+
+int pv_engine_stopped(struct pv_engine *e)
+{
+    return atomic_load(&e->stopped) != 0;
+}
+
+void pv_engine_resume(struct pv_engine *e)
+{
+    eventfd_t count;
+    eventfd_read(e->stop_fd, &count);
+    atomic_store(&e->stopped, 0);
+    pv_engine_kick(e);
+}
+
+void pv_engine_pause(struct pv_engine *e)
+{
+    atomic_fetch_add(&e->pausing, 1);
+    pthread_mutex_lock(&e->run);
+    pthread_mutex_unlock(&e->run);
+}
+
+void pv_engine_unpause(struct pv_engine *e)
+{
+    atomic_fetch_sub(&e->pausing, 1);
+    pv_engine_kick(e);
+}
+
+int pv_engine_stop_fd(struct pv_engine *e)
+{
+    return e->stop_fd;
+}
+
+void pv_engine_stats(struct pv_engine *e, struct pv_engine_stats *out)
+{
+    *out = (struct pv_engine_stats){.gates = atomic_load(&e->gates),
+                                    .kicks = atomic_load(&e->kicks),
+                                    .sleeps = atomic_load(&e->sleeps)};
+}
