@@ -1,0 +1,44 @@
+"""What is hardware on the data path: walker, IOTLB, bus masters, engines, MSI-X."""
+
+from pvfio.silicon.bus import READ, WRITE, BusMaster, DmaAborted, DmaCancelled, TableBus
+from pvfio.silicon.engine import Engine, EngineKind, EngineStats
+from pvfio.silicon.iommu import (
+    BLOCKED,
+    IDENTITY,
+    MSI_END,
+    MSI_START,
+    PAGING,
+    Domain,
+    Fault,
+    Iommu,
+    Requester,
+    TlbStats,
+    Walk,
+    WalkStep,
+)
+from pvfio.silicon.msix import Msix
+
+__all__ = [
+    "BLOCKED",
+    "IDENTITY",
+    "MSI_END",
+    "MSI_START",
+    "PAGING",
+    "READ",
+    "WRITE",
+    "BusMaster",
+    "DmaAborted",
+    "DmaCancelled",
+    "Domain",
+    "Engine",
+    "EngineKind",
+    "EngineStats",
+    "Fault",
+    "Iommu",
+    "Msix",
+    "Requester",
+    "TableBus",
+    "TlbStats",
+    "Walk",
+    "WalkStep",
+]
