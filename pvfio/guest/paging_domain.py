@@ -102,7 +102,7 @@ class PagingDomain(Domain):
             pgsize_bitmap=iommu.pgsize_bitmap,
             input_bits=width,
         )
-        self.pgsize_bitmap: int = self.table.pgsize_bitmap
+        self.pgsize_bitmap = self.table.pgsize_bitmap
         self._flush_pages = iommu.transport.flush_pages
 
     @property
@@ -136,8 +136,10 @@ class PagingDomain(Domain):
         When it returns, no DMA of any device in this domain can land there. Fewer: there was nothing, or
         less, in the range. More: it ended inside a large page, which is gone whole.
         """
-        done: int = self.table.unmap_range(iova, size)
+        done = self.table.unmap_range(iova, size)
         if done:
+            # A large page that outlasts the range: either it began the range, and `done` counts it, or it lies
+            # whole inside the power-of-two span of the range.
             self._flush(iova, iova + (done if done > size else size) - 1)
         return done
 
@@ -151,7 +153,7 @@ class PagingDomain(Domain):
 
     def unmap_fast(self, iova: int, size: int, gather: IotlbGather) -> int:
         """Unmaps without a flush; the memory is not free before ``iotlb_sync(gather)`` has returned."""
-        done: int = self.table.unmap_range(iova, size)
+        done = self.table.unmap_range(iova, size)
         if done:
             gather.add(iova, done if done > size else size)
         return done
@@ -170,8 +172,7 @@ class PagingDomain(Domain):
 
     def iova_to_phys(self, iova: int) -> int | None:
         """The GPA behind an IOVA; ``None`` where nothing is mapped."""
-        gpa: int | None = self.table.iova_to_phys(iova)
-        return gpa
+        return self.table.iova_to_phys(iova)
 
     def walk(self, iova: int) -> list[WalkEntry]:
         """Every level's entry on the way of an IOVA."""

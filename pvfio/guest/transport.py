@@ -119,7 +119,7 @@ class _Call:
         self.name = name
         self.control = int(getattr(lib, f"HVCALL_{name}"))
         self.input = ffi.cast(f"{input_type} *", page)
-        self.domain = getattr(self.input, "device_domain", None)
+        self.domain: Any = getattr(self.input, "device_domain", None)
         self.view = view[:size]
         self.zeros = bytes(size)
         self.output: Any = None
