@@ -1,0 +1,73 @@
+# What .ci/run and .ci/nightly share; sourced by them after they have set
+#   STEP_SECONDS  a step that takes longer is stopped
+# Leaves the project's root as the working directory.
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$project"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+bin=$project/.venv/bin # where the README's commands install
+
+export CI=${CI:-true} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+# A rig of other people's software to test against, where one lies beside the project.
+rig=$(dirname "$project")/shared/rig
+if [ -d "$rig" ]; then export PVFIO_RIG=$rig; fi
+
+stage() {
+    printf '\n== %s (after %d s)\n' "$1" "$SECONDS"
+}
+
+limited() {
+    timeout --kill-after=30 "$STEP_SECONDS" "$@" </dev/null
+}
+
+has_python_headers() {
+    [ -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]
+}
+
+# python3 with venv and headers, gcc with the C library's headers: what the README asks for.
+install_missing_system_tools() {
+    local missing=()
+    command -v gcc >/dev/null || missing+=(gcc libc6-dev)
+    command -v python3 >/dev/null || missing+=(python3 python3-venv python3-dev)
+    if command -v python3 >/dev/null; then
+        python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+        has_python_headers || missing+=(python3-dev)
+    fi
+    if [ "${#missing[@]}" -gt 0 ]; then
+        apt-get -q update
+        DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
+    fi
+}
+
+# The N-th of the README's commands, as it stands.
+readme_command() {
+    local command
+    command=$(python3 .ci/readme_commands.py "$1")
+    printf '$ %s\n' "$command"
+    limited bash -e -o pipefail -c "$command"
+}
+
+build_sanitized() {
+    PVFIO_SANITIZE=address,undefined "$bin/python" setup.py -q build \
+        --build-base "$scratch/sanitized" --build-lib "$scratch/sanitized/lib"
+}
+
+# A command that uses the sanitized build in place of the installed one, stopping at the first finding. Python's own
+# allocator would hide overruns, and its leaks are not ours.
+with_sanitizers() {
+    limited env \
+        PYTHONPATH="$scratch/sanitized/lib" PYTHONMALLOC=malloc \
+        LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)" \
+        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+        "$@"
+}
+
+# The tests that touch C, once more. pytest's fault handler would take the sanitizers' signals.
+test_sanitized() {
+    with_sanitizers "$bin/python" -P -c "
+import pathlib, pvfio._native as native
+assert pathlib.Path(native.__file__).is_relative_to('$scratch'), native.__file__
+assert b'__asan_init' in pathlib.Path(native.__file__).read_bytes(), 'not a sanitized build'"
+    with_sanitizers "$bin/pytest" -m touches_c -p no:faulthandler -p no:cacheprovider "$@"
+}
