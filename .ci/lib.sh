@@ -63,11 +63,12 @@ with_sanitizers() {
         "$@"
 }
 
-# The tests that touch C, once more. pytest's fault handler would take the sanitizers' signals.
+# The tests that touch C, once more. pytest's fault handler would take the sanitizers' signals, and its capture of file
+# descriptors would swallow their last words.
 test_sanitized() {
     with_sanitizers "$bin/python" -P -c "
 import pathlib, pvfio._native as native
 assert pathlib.Path(native.__file__).is_relative_to('$scratch'), native.__file__
 assert b'__asan_init' in pathlib.Path(native.__file__).read_bytes(), 'not a sanitized build'"
-    with_sanitizers "$bin/pytest" -m touches_c -p no:faulthandler -p no:cacheprovider "$@"
+    with_sanitizers "$bin/pytest" -m touches_c --capture=sys -p no:faulthandler -p no:cacheprovider "$@"
 }

@@ -17,6 +17,8 @@ from cffi import FFI
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 
+# Where C lives.
+ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices")
 # In the order in which the structures depend on each other.
 ABI_HEADERS = ("hyperv", "vfio", "pci", "dsa")
 ALL_ROOM_HEADERS = (
@@ -49,11 +51,15 @@ def room_text(header: str) -> str:
     return "\n".join(parts)
 
 
+def files(suffix: str, rooms: tuple[str, ...]) -> list[str]:
+    """The files of a kind in these rooms, relative to the project's root; each room may be a symbolic link."""
+    found = (path for room in rooms for path in sorted((PACKAGE / room).glob(f"**/*.{suffix}")))
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
 def sources() -> list[str]:
     """Every C source, relative to the project's root, by the name it is imported under."""
-    rooms = ("memory", "pagetable", "silicon", "guest", "vfio", "devices")
-    found = (path for room in rooms for path in sorted((PACKAGE / room).glob("**/*.c")))
-    return [str(path.relative_to(ROOT)) for path in found]
+    return files("c", ROOMS)
 
 
 def flags() -> tuple[list[str], list[str]]:
@@ -84,7 +90,7 @@ def make_ffi() -> FFI:
         f'#pragma GCC diagnostic ignored "-Wunused-parameter"\n#include "abi/abi.h"\n{includes}\n',
         sources=sources(),
         include_dirs=["pvfio"],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(PACKAGE.rglob("*.h"))],
+        depends=files("h", ("abi", *ROOMS)),
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
