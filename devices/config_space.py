@@ -80,7 +80,7 @@ class ConfigSpace:
 
     def find_capability(self, cap_id: int) -> int:
         """The offset of a capability, 0 where there is none."""
-        offset = self.data[lib.PCI_CAPABILITY_LIST]
+        offset: int = self.data[lib.PCI_CAPABILITY_LIST]
         while offset and self.data[offset] != cap_id:
             offset = self.data[offset + lib.PCI_CAP_LIST_NEXT]
         return offset

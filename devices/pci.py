@@ -144,8 +144,7 @@ class PciFunction:
         self._apply_intx()
 
     def function_level_reset(self) -> None:
-        """FLR (PCI Express 4.0 6.6.2): aborts DMA, then everything is as after power-on. Returns when done.
-        """
+        """FLR (PCI Express 4.0 6.6.2): aborts DMA, then everything is as after power-on. Returns when done."""
         self.bus.cancel(True)
         self.on_reset()
         if self.msix is not None:
@@ -189,6 +188,13 @@ class PciFunction:
     def ats_enabled(self) -> bool:
         """The driver enabled ATS."""
         return bool(self._ats and self.config.get(self._ats + lib.PCI_ATS_CTRL, 2) & lib.PCI_ATS_CTRL_ENABLE)
+
+    @property
+    def msix_enabled(self) -> bool:
+        """The driver enabled MSI-X: interrupts are messages, the pin is silent."""
+        if not self._msix_cap:
+            return False
+        return bool(self.config.get(self._msix_cap + lib.PCI_MSIX_FLAGS, 2) & lib.PCI_MSIX_FLAGS_ENABLE)
 
     def cancel_dma(self, on: bool) -> None:
         """The device's own abort: DMA ends as cancelled until it is switched off again, or by reset.
@@ -256,10 +262,8 @@ class PciFunction:
     def _apply_intx(self) -> None:
         status = self.config.get(lib.PCI_STATUS, 2) & ~lib.PCI_STATUS_INTERRUPT
         self.config.poke(lib.PCI_STATUS, 2, status | lib.PCI_STATUS_INTERRUPT * self._intx_level)
-        level = self._intx_level and not self.config.get(lib.PCI_COMMAND, 2) & lib.PCI_COMMAND_INTX_DISABLE
-        if self._msix_cap:
-            flags = self.config.get(self._msix_cap + lib.PCI_MSIX_FLAGS, 2)
-            level = level and not flags & lib.PCI_MSIX_FLAGS_ENABLE
+        disabled = self.config.get(lib.PCI_COMMAND, 2) & lib.PCI_COMMAND_INTX_DISABLE
+        level = self._intx_level and not disabled and not self.msix_enabled
         if level != self._intx_seen and self._intx is not None:
             self._intx_seen = level
             self._intx(level)

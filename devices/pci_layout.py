@@ -59,8 +59,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class MsixLayout:
-    """Where the MSI-X table and the PBA are: whole pages of a BAR from ``offset`` on, nothing else in them.
-    """
+    """Where the MSI-X table and the PBA are: whole pages of a BAR from ``offset`` on, nothing else in them."""
 
     bar: int
     offset: int

@@ -1,0 +1,19 @@
+"""The hypervisor: hypercalls, device domains, stage 2, vPCI, interrupt delivery, the fault log."""
+
+from pvfio.host.config import IommuConfig, Platform
+from pvfio.host.faults import Fault, FaultLog
+from pvfio.host.hypercalls import PARTITION_ID
+from pvfio.host.hypervisor import Hypervisor
+from pvfio.host.vpci import BarInfo, VpciBus, VpciFunction
+
+__all__ = [
+    "PARTITION_ID",
+    "BarInfo",
+    "Fault",
+    "FaultLog",
+    "Hypervisor",
+    "IommuConfig",
+    "Platform",
+    "VpciBus",
+    "VpciFunction",
+]
