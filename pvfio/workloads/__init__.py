@@ -1,0 +1,1 @@
+"""Programs that put a device to work and check what it did by means of their own."""
