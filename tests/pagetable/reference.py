@@ -1,0 +1,153 @@
+"""Page tables in plain Python, to hold the C against.
+
+Models what a mapping means: a set of leaves, each the largest page that fits where it stands, found by
+trying every size; what unmap removes; and the three entry formats, written out from the specifications.
+Does not model table pages, order of stores, or how entries are found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pvfio.pagetable import Format, Perm
+
+K4, M2, G1 = 1 << 12, 1 << 21, 1 << 30
+MASK64 = (1 << 64) - 1
+ADDRESS = ((1 << 52) - 1) & ~0xFFF
+
+SIZES: dict[Format, tuple[int, ...]] = {
+    Format.X86_64: (K4, M2, G1),
+    Format.VTDSS: (K4, M2, G1),
+    Format.AMDV1: tuple(1 << lg2 for lg2 in range(12, 52) if lg2 != 39),
+}
+
+# (format, levels) of every table the project can make.
+SHAPES: tuple[tuple[Format, int], ...] = (
+    (Format.X86_64, 4),
+    (Format.X86_64, 5),
+    (Format.VTDSS, 3),
+    (Format.VTDSS, 4),
+    (Format.VTDSS, 5),
+    (Format.AMDV1, 1),
+    (Format.AMDV1, 3),
+    (Format.AMDV1, 6),
+)
+
+
+def bitmap(fmt: Format) -> int:
+    """Every page size of the format."""
+    return sum(SIZES[fmt])
+
+
+def input_bits(fmt: Format, levels: int) -> int:
+    """Bits of an IOVA that the table can reach, growth included."""
+    return 64 if fmt is Format.AMDV1 else 12 + 9 * levels
+
+
+def best_page_size(sizes: int, iova: int, phys: int, left: int) -> int:
+    """The largest page of the bitmap that fits at the start of a range, by trying all; 0 where none does."""
+    fitting = [
+        1 << lg2
+        for lg2 in range(64)
+        if sizes >> lg2 & 1 and iova % (1 << lg2) == 0 and phys % (1 << lg2) == 0 and (1 << lg2) <= left
+    ]
+    return max(fitting, default=0)
+
+
+def granted(fmt: Format, perm: int) -> Perm:
+    """What a leaf made with ``perm`` lets a device do."""
+    return Perm(perm | Perm.READ) if fmt is Format.X86_64 else Perm(perm)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One page of a mapping."""
+
+    iova: int
+    phys: int
+    size: int
+    perm: Perm
+
+
+class Model:
+    """What is mapped: the leaves by IOVA."""
+
+    def __init__(self, fmt: Format, sizes: int) -> None:
+        self.fmt = fmt
+        self.sizes = sizes
+        self.leaves: dict[int, Leaf] = {}
+
+    def plan(self, iova: int, phys: int, size: int, perm: int) -> list[Leaf]:
+        """The leaves of one mapping: at each address the largest page."""
+        leaves = []
+        while size:
+            page = best_page_size(self.sizes, iova, phys, size)
+            leaves.append(Leaf(iova, phys, page, granted(self.fmt, perm)))
+            iova, phys, size = iova + page, phys + page, size - page
+        return leaves
+
+    def overlaps(self, iova: int, size: int) -> bool:
+        return any(leaf.iova < iova + size and iova < leaf.iova + leaf.size for leaf in self.leaves.values())
+
+    def map(self, iova: int, phys: int, size: int, perm: int) -> bool:
+        """False, and nothing done, where something is mapped already."""
+        if self.overlaps(iova, size):
+            return False
+        self.leaves.update((leaf.iova, leaf) for leaf in self.plan(iova, phys, size, perm))
+        return True
+
+    def unmap(self, iova: int, size: int) -> int:
+        """Bytes unmapped: every leaf that begins in the range, none when the range begins inside one."""
+        if any(leaf.iova < iova < leaf.iova + leaf.size for leaf in self.leaves.values()):
+            return 0
+        gone = [leaf for leaf in self.leaves.values() if iova <= leaf.iova < iova + size]
+        for leaf in gone:
+            del self.leaves[leaf.iova]
+        return sum(leaf.size for leaf in gone)
+
+    def find(self, iova: int) -> Leaf | None:
+        return next((x for x in self.leaves.values() if x.iova <= iova < x.iova + x.size), None)
+
+    def tables(self, levels: int) -> int:
+        """Table pages that a tree of ``levels`` needs for the leaves: the root, and one for each place in
+        use.
+        """
+        places = {
+            (level, leaf.iova >> (12 + 9 * level))
+            for leaf in self.leaves.values()
+            for level in range(leaf_level(leaf.size), levels)
+        }
+        return len(places) + 1
+
+
+def leaf_level(size: int) -> int:
+    """The level of the table that holds leaves of ``size`` bytes."""
+    return next(level for level in range(1, 7) if size < 1 << (12 + 9 * level))
+
+
+def leaf_entry(fmt: Format, level: int, size: int, phys: int, perm: int) -> int:
+    """A leaf's 64 bits, from the table of bits in the specifications."""
+    read, write = bool(perm & Perm.READ), bool(perm & Perm.WRITE)
+    large = level > 1
+    if fmt is Format.X86_64:
+        return phys | 1 | write << 1 | 1 << 2 | 1 << 5 | write << 6 | large << 7
+    if fmt is Format.VTDSS:
+        return phys | read | write << 1 | large << 7
+    entry = phys | 1 | 1 << 60 | read << 61 | write << 62
+    if size != 1 << (12 + 9 * (level - 1)):
+        entry |= 7 << 9
+        # AMD IOMMU Table 14: 8K is a 0 in bit 12, 16K a 1 there and a 0 in bit 13, and so on.
+        bit = 12
+        while 1 << (bit + 1) != size:
+            entry |= 1 << bit
+            bit += 1
+    return entry
+
+
+def table_entry(fmt: Format, level: int, phys: int) -> int:
+    """The 64 bits of an entry in a table of ``level`` that points to the next table."""
+    if fmt is Format.X86_64:
+        return phys | 0b100111
+    if fmt is Format.VTDSS:
+        return phys | 0b11
+    return phys | 1 | (level - 1) << 9 | 0b11 << 61
