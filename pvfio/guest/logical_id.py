@@ -11,26 +11,13 @@ pvIOMMU's hypercalls do not use.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from pvfio.errors import IommuError
 
-if TYPE_CHECKING:
-    import uuid
-
-__all__ = ["LogicalIdRegistry", "logical_id_prefix"]
+__all__ = ["LogicalIdRegistry"]
 
 _MAX_SEGMENT = 0xFFFF
 _PREFIX_MASK = 0xFFFF_FFF8
-
-
-def logical_id_prefix(instance_guid: uuid.UUID) -> int:
-    """The 32-bit prefix of the logical device IDs on a channel; its low three bits are 0.
-
-    ``b[5]<<24 | b[4]<<16 | b[7]<<8 | (b[6] & 0xf8)`` over the bytes of the GUID in memory order.
-    """
-    b = instance_guid.bytes_le
-    return b[5] << 24 | b[4] << 16 | b[7] << 8 | b[6] & 0xF8
 
 
 class LogicalIdRegistry:
@@ -41,7 +28,7 @@ class LogicalIdRegistry:
         self._limit = limit
 
     def register(self, segment: int, prefix: int) -> None:
-        """Makes ``prefix`` the segment's. Registering the same one again changes nothing.
+        """Makes ``prefix`` (``pvfio.abi.hyperv.logical_id_prefix``) the segment's; again the same one: nothing.
 
         Raises ``IommuError``: EEXIST where another prefix stands (a stale registration: the segment's last
         owner did not unregister), ENOMEM; ``ValueError`` for a segment above 16 bits or a prefix with

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pvfio.abi import ffi, lib
+from pvfio.abi.hyperv import status_errno, status_name
 from pvfio.errors import HypercallError
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ __all__ = [
     "HypercallTransport",
     "IommuCapabilities",
     "current_vp",
-    "errno_of_status",
-    "name_of_status",
     "on_vp",
 ]
 
@@ -51,16 +50,6 @@ _MAX_ENTRIES: int = lib.HV_FLUSH_LIST_MAX_ENTRIES
 # How often a rep call may answer "success" without having done anything before it counts as failed.
 _MAX_IDLE_REPS = 3
 
-_STATUS_NAMES: dict[int, str] = {
-    getattr(lib, name): name for name in dir(lib) if name.startswith("HV_STATUS_")
-}
-_ERRNO: dict[int, int] = {
-    **dict.fromkeys((0x2, 0x3, 0x5, 0x9, 0xA, 0xD, 0xE, 0x11, 0x12, 0x41, 0x50), errno.EINVAL),
-    **dict.fromkeys((0x6, 0x8), errno.EACCES),
-    **dict.fromkeys((0xB, 0x73, 0x75, 0x83), errno.ENOMEM),
-    0x20: errno.EOPNOTSUPP,
-}
-
 _vp: ContextVar[int] = ContextVar("pvfio_vp", default=0)
 
 
@@ -79,16 +68,6 @@ def on_vp(vp: int) -> Iterator[None]:
         yield
     finally:
         _vp.reset(token)
-
-
-def name_of_status(status: int) -> str:
-    """``HV_STATUS_...`` of a 16-bit status."""
-    return _STATUS_NAMES.get(status, "HV_STATUS_UNKNOWN")
-
-
-def errno_of_status(status: int) -> int:
-    """The errno of a 16-bit status that is not success; EIO where the table names none."""
-    return _ERRNO.get(status, errno.EIO)
 
 
 class HypercallEntry(Protocol):
@@ -402,12 +381,10 @@ def _begin_domain(call: _Call, domain_id: int) -> None:
 
 def _error(operation: str, result: int) -> HypercallError:
     if result == _UNAVAILABLE:
-        return HypercallError(errno.EOPNOTSUPP, operation, result, "no hypercall page")
+        return HypercallError(status_errno(result), operation, result, "no hypercall page")
     status = result & _STATUS_MASK
     completed = result >> _REP_COMP_SHIFT & _REP_MASK
-    return HypercallError(
-        errno_of_status(status), operation, status, name_of_status(status), completed=completed
-    )
+    return HypercallError(status_errno(status), operation, status, status_name(status), completed=completed)
 
 
 def _stuck(operation: str, done: int) -> HypercallError:

@@ -7,6 +7,7 @@ DMA buffers. Does not model NUMA, ballooning or hot-plug, and knows nothing of I
 from __future__ import annotations
 
 import errno
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,10 @@ class GuestMemory:
         if extent < 0:
             raise MemoryError(f"guest RAM has no room for {size} bytes")
         vaddr = self._vaddr[0]
-        owner = ffi.gc(ffi.cast("uint8_t *", vaddr), _Release(self.ptr, extent))
+        owner = ffi.cast("uint8_t *", vaddr)
+        # Not a cffi destructor: in a reference cycle the memory could be destroyed before its extent. A finalizer
+        # holds the memory from outside the cycle.
+        weakref.finalize(owner, _release, self.ptr, extent)
         whole = -(-size // PAGE_SIZE) * PAGE_SIZE
         return wrap(ffi.buffer(owner, whole), vaddr, size, whole)
 
@@ -175,14 +179,5 @@ class _KeepAlive:
         return None
 
 
-class _Release:
-    """Gives an extent back when its last array view is gone."""
-
-    __slots__ = ("_extent", "_memory")
-
-    def __init__(self, memory: Any, extent: int) -> None:
-        self._memory = memory
-        self._extent = extent
-
-    def __call__(self, _pointer: Any) -> None:
-        lib.pv_memory_release(self._memory, self._extent)
+def _release(memory: Any, extent: int) -> None:
+    lib.pv_memory_release(memory, extent)

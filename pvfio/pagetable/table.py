@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,7 +129,10 @@ class PageTable:
         self.format = Format(fmt)
         self.memory = memory
         self.pgsize_bitmap: int = lib.pt_pgsize_bitmap(table)
-        self._table: Any = ffi.gc(table, _Destroy(memory.ptr))
+        self._table: Any = table
+        # Not a cffi destructor: in a reference cycle the memory could be destroyed before the table that lies in it.
+        # A finalizer holds the memory from outside the cycle.
+        self._destroy = weakref.finalize(self, _destroy, table, memory.ptr)
         self._unmapped = ffi.new("uint64_t *")
 
     @property
@@ -216,18 +220,9 @@ class PageTable:
 
     def destroy(self) -> None:
         """Hands every table page back; idempotent. Nothing may walk the table any more."""
-        table, self._table = self._table, None
-        if table is not None:
-            ffi.release(table)
+        self._table = None
+        self._destroy()
 
 
-class _Destroy:
-    """Destroys a table while the memory it lies in is still there."""
-
-    __slots__ = ("_memory",)
-
-    def __init__(self, memory: Any) -> None:
-        self._memory = memory
-
-    def __call__(self, table: Any) -> None:
-        lib.pt_destroy(table)
+def _destroy(table: Any, _memory: Any) -> None:
+    lib.pt_destroy(table)
