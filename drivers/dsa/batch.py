@@ -15,7 +15,7 @@ from pvfio.abi import dtype_of, lib
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pvfio.memory import DmaBuffer
+    from pvfio.vfio import DmaBuffer
 
 __all__ = ["Batch", "batch_bytes"]
 

@@ -17,7 +17,7 @@ from pvfio.abi import dtype_of, lib
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from pvfio.memory import DmaBuffer
+    from pvfio.vfio import DmaBuffer
 
 __all__ = [
     "address_of",

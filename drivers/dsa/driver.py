@@ -30,8 +30,7 @@ from pvfio.drivers.dsa.workqueue import SubmissionQueue
 from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 
 if TYPE_CHECKING:
-    from pvfio.memory import DmaBuffer
-    from pvfio.vfio import Device, Irq
+    from pvfio.vfio import Device, DmaBuffer, Irq
 
 __all__ = ["DsaDriver", "Recovery"]
 

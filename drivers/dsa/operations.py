@@ -31,7 +31,7 @@ from pvfio.errors import DeviceFailed
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pvfio.memory import DmaBuffer
+    from pvfio.vfio import DmaBuffer
 
 __all__ = ["WorkQueue"]
 

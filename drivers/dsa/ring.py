@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pvfio.drivers.dsa.workqueue import SubmissionQueue
-    from pvfio.memory import DmaBuffer
+    from pvfio.vfio import DmaBuffer
 
 __all__ = ["Piece", "RecordRing", "Submission"]
 

@@ -5,6 +5,7 @@ runs on every backend. Every coroutine checkpoints and can be cancelled; a ``_no
 Errors are ``VfioError`` with the errno that Linux gives for the same mistake.
 """
 
+from pvfio.memory import DmaBuffer
 from pvfio.vfio.backend import Backend
 from pvfio.vfio.container import Container, IommuInfo, MigrationInfo, UnmapMismatch
 from pvfio.vfio.device import Device, DeviceInfo
@@ -19,6 +20,7 @@ __all__ = [
     "Container",
     "Device",
     "DeviceInfo",
+    "DmaBuffer",
     "Group",
     "GroupStatus",
     "IommuInfo",
