@@ -1,3 +1,93 @@
+/*
+ * The data path of an emulated Intel DSA: portals, work queues, engines, operations, completion (Intel DSA
+ * architecture specification 1.2 chapters 3, 5 and 8).
+ *
+ * Registers and commands are Python's (device.py); it configures this through the functions below, from one thread.
+ * Submissions come from any thread. All DSA engines of the device run on one pv_engine; each holds at most one
+ * descriptor, so one that waits (block on fault) does not hold up the others.
+ *
+ * Not modelled: PASIDs (a descriptor's PASID is not looked at), traffic classes, steering tags, cache control
+ * (accepted hints without effect), read buffer limits, interrupt message storage, the event log.
+ */
+#ifndef PVFIO_DSA_ENGINE_H
+#define PVFIO_DSA_ENGINE_H
+
+#include <stdint.h>
+
+#include "abi/abi.h"
+#include "silicon/bus.h"
+#include "silicon/engine.h"
+#include "silicon/mmio.h"
+#include "silicon/msix.h"
+
 /* cffi: begin */
 struct pv_dsa;
+
+struct pv_dsa_config {
+    uint32_t wqs;
+    uint32_t groups;
+    uint32_t engines;
+    uint32_t handles; /* size of the interrupt handle table */
+    uint64_t gencap;
+    uint64_t opcap[4];
+};
+
+struct pv_dsa_wq_config {
+    uint32_t size;
+    uint32_t threshold;
+    uint32_t dedicated;
+    uint32_t priority; /* 1..15 */
+    uint32_t bof;
+    uint32_t max_xfer_shift;
+    uint32_t max_batch_shift;
+    uint64_t op_config[4];
+};
+
+/* NULL: out of memory. The bus and the MSI-X stay the caller's and outlive the device. */
+struct pv_dsa *pv_dsa_create(const struct pv_dsa_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind);
+void pv_dsa_destroy(struct pv_dsa *dsa);
+struct pv_engine *pv_dsa_engine(struct pv_dsa *dsa);
+struct pv_mmio *pv_dsa_portals(struct pv_dsa *dsa);
+/* The opcodes this engine implements, as OPCAP. */
+void pv_dsa_opcodes(uint64_t opcap[4]);
+
+/* Not zero: portals answer (PCI memory space enable). */
+void pv_dsa_decode(struct pv_dsa *dsa, int on);
+
+/* The group of every WQ and of every engine, -1: none. Takes effect for descriptors dispatched from now on. */
+void pv_dsa_assign(struct pv_dsa *dsa, const int16_t *wq_groups, const int16_t *engine_groups);
+/* 0, -EINVAL, -ENOMEM. */
+int pv_dsa_wq_enable(struct pv_dsa *dsa, uint32_t wq, const struct pv_dsa_wq_config *config);
+/* Takes no more submissions; what is queued goes on. */
+void pv_dsa_wq_close(struct pv_dsa *dsa, uint32_t wq);
+/* After it was drained or aborted. */
+void pv_dsa_wq_disable(struct pv_dsa *dsa, uint32_t wq);
+uint32_t pv_dsa_wq_occupancy(struct pv_dsa *dsa, uint32_t wq);
+
+/* A mark behind everything submitted so far; whether everything before the mark is done. */
+uint64_t pv_dsa_wq_mark(struct pv_dsa *dsa, uint32_t wq);
+int pv_dsa_wq_drained(struct pv_dsa *dsa, uint32_t wq, uint64_t mark);
+/* While on, the eventfd rings whenever a descriptor is done. */
+void pv_dsa_watch(struct pv_dsa *dsa, int on);
+int pv_dsa_watch_fd(struct pv_dsa *dsa);
+/*
+ * Forgets the descriptors of every WQ whose byte is not 0, queued and begun, without completion records. The caller
+ * cancels DMA before and allows it after; work of other WQs that this interrupts goes on at the next kick.
+ */
+void pv_dsa_abort(struct pv_dsa *dsa, const uint8_t *wqs);
+
+/* vector < 0: the handle is invalid. */
+int pv_dsa_set_handle(struct pv_dsa *dsa, uint32_t handle, int vector);
+void pv_dsa_set_genctrl(struct pv_dsa *dsa, uint32_t value);
+/* Sets bits of INTCAUSE and fires vector 0. */
+void pv_dsa_cause(struct pv_dsa *dsa, uint32_t bits);
+uint32_t pv_dsa_intcause(struct pv_dsa *dsa);
+void pv_dsa_intcause_clear(struct pv_dsa *dsa, uint32_t bits);
+void pv_dsa_swerr(struct pv_dsa *dsa, struct dsa_swerr *out);
+void pv_dsa_swerr_clear(struct pv_dsa *dsa, uint64_t bits);
+
+/* CRC-32C without initial or final inversion, as the CRC32 instruction has it; portable: not 0 avoids the instruction. */
+uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable);
 /* cffi: end */
+
+#endif

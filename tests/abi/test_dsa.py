@@ -1,4 +1,4 @@
-"""abi/dsa.h against the system's own ``<linux/idxd.h>``, and its register structures against the specification."""
+"""abi/dsa.h against the system's own ``<linux/idxd.h>``, and its register structures by the book."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATER = {"descs_completed"}
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What the compiler says of ``<linux/idxd.h>``: every DSA number, sizes, and the offset of every field."""
+    """What the compiler says of ``<linux/idxd.h>``: every DSA number, sizes, the offset of every field."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not HEADER.exists() or compiler is None:
         pytest.skip("no <linux/idxd.h> or no C compiler here")
