@@ -1,0 +1,499 @@
+"""VFIO's type1 IOMMU driver: a container's mappings, and the paging domains that carry them out.
+
+Every check, its order and its errno are those of Linux 7.3 (drivers/vfio/vfio_iommu_type1.c): for a mapping
+overflow, permissions, alignment, overlap, entry limit, aperture and reserved ranges; then pinning, then the page
+tables of every domain, with everything undone where a step fails. An unmap clears page tables, flushes once per
+domain, and only then unpins. Version 2 refuses to split a mapping; version 1 takes it whole, or not at all.
+
+Not modelled: mediated devices (page pinning by other drivers), nesting domains, VFIO_UPDATE_VADDR (its flags are
+unknown here), locking: all calls come from one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pvfio.abi import ffi, lib
+from pvfio.errors import HypercallError, IommuError, PageTableError, VfioError
+from pvfio.guest.mapping_index import Mapping, MappingIndex
+from pvfio.guest.type1_dirty import write_bitmap
+from pvfio.guest.type1_ioctl import type1_ioctl
+from pvfio.guest.type1_iova import IovaRange, gaps, usable_ranges
+
+if TYPE_CHECKING:
+    from pvfio.guest.iommu_group import IommuGroup
+    from pvfio.guest.paging_domain import PagingDomain
+    from pvfio.guest.pviommu import PvIommu
+    from pvfio.memory import GuestMemory
+
+__all__ = ["LockedMemory", "Type1", "Type1Limits"]
+
+_log = logging.getLogger("pvfio.guest.type1")
+
+_READ: int = lib.VFIO_DMA_MAP_FLAG_READ
+_WRITE: int = lib.VFIO_DMA_MAP_FLAG_WRITE
+_UNMAP_ALL: int = lib.VFIO_DMA_UNMAP_FLAG_ALL
+_UNMAP_DIRTY: int = lib.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
+_TOP = (1 << 64) - 1
+_SPACE = 1 << 64
+_PAGE_SIZES = _TOP & ~0xFFF
+_RUNS = 64
+_FOUND = 64
+
+_pin = lib.pv_memory_pin
+_unpin = lib.pv_memory_unpin
+_runs = lib.pv_memory_runs
+_insert = lib.pv_mappings_insert
+_remove = lib.pv_mappings_remove
+_range = lib.pv_mappings_range
+
+
+@dataclass(frozen=True)
+class Type1Limits:
+    """``dma_entry_limit``: mappings per container. ``memlock``: RLIMIT_MEMLOCK in bytes, None for no limit."""
+
+    dma_entry_limit: int = 65535
+    memlock: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dma_entry_limit < 0 or (self.memlock is not None and self.memlock < 0):
+            raise ValueError("limits are not negative")
+
+
+@dataclass
+class LockedMemory:
+    """A process's account of pinned memory, in bytes; its containers may share one."""
+
+    limit: int | None = None
+    locked: int = 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether ``size`` more bytes may be pinned."""
+        return self.limit is None or self.locked + size <= self.limit
+
+
+@dataclass
+class _Placed:
+    """A paging domain and the groups in it; the value says whether this container claimed the group."""
+
+    domain: PagingDomain
+    groups: dict[IommuGroup, bool] = field(default_factory=dict)
+
+
+@contextmanager
+def _as_vfio_errors(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except (HypercallError, IommuError, PageTableError) as error:
+        raise VfioError(error.errno or errno.EIO, operation, error.reason) from error
+    except MemoryError as error:
+        raise VfioError(errno.ENOMEM, operation, str(error)) from error
+
+
+class Type1:
+    """One container's IOMMU.
+
+    ``v2`` chooses between VFIO_TYPE1v2_IOMMU and VFIO_TYPE1_IOMMU. ``account`` is where pinned memory is counted; by
+    default one of this container's own, with the limit of ``limits``. Every method is synchronous, and every
+    one raises ``VfioError`` with the errno Linux gives; what raised has changed nothing, unless it says otherwise.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        iommu: PvIommu,
+        limits: Type1Limits | None = None,
+        v2: bool = True,
+        *,
+        account: LockedMemory | None = None,
+    ) -> None:
+        limits = limits or Type1Limits()
+        self.v2 = v2
+        self.account = account or LockedMemory(limits.memlock)
+        self.dma_avail = limits.dma_entry_limit
+        self.dirty_tracking = False
+        self.pgsize_bitmap = _PAGE_SIZES
+        self.iova_ranges: tuple[IovaRange, ...] = ()
+        self._page_mask = 0xFFF
+        self._memory = memory
+        self._memory_ptr = memory.ptr
+        self._iommu = iommu
+        self._index = MappingIndex()
+        self._index_ptr = self._index.ptr
+        self._placed: list[_Placed] = []
+        self._domains: tuple[PagingDomain, ...] = ()
+        self._run_buffer: Any = ffi.new("struct pv_run[]", _RUNS)
+        self._found: Any = ffi.new("struct pv_mapping[]", _FOUND)
+
+    def ioctl(self, request: int, arg: Any) -> int:
+        """A request of <linux/vfio.h> on the container, for the IOMMU.
+
+        ``arg`` is a cffi pointer to the request's structure, which is updated, or for VFIO_CHECK_EXTENSION a number.
+        Raises ``VfioError``: ENOTTY for an unknown request, EFAULT for an ``arg`` that is no pointer.
+        """
+        return type1_ioctl(self, request, arg)
+
+    def map(self, iova: int, vaddr: int, size: int, flags: int) -> None:
+        """Maps ``size`` bytes of process memory at ``vaddr`` (all page-aligned) at ``iova``.
+
+        ``flags``: VFIO_DMA_MAP_FLAG_READ, _WRITE, from the device's view. Raises ``VfioError``: EINVAL, EOVERFLOW,
+        EEXIST, ENOSPC, then EFAULT (memory that cannot be pinned), ENOMEM (memlock, page tables).
+        """
+        bits = iova | vaddr | size
+        if (
+            bits & self._page_mask
+            or bits < 0
+            or not size
+            or iova + size > _SPACE
+            or vaddr + size > _SPACE
+            or not 0 < flags < 4
+            or not self.dma_avail
+        ):
+            raise self._refusal(iova, vaddr, size, flags)
+        last = iova + size - 1
+        for start, end in self.iova_ranges:
+            if start <= iova and last <= end:
+                break
+        else:
+            raise self._refusal(iova, vaddr, size, flags)
+        extent = _pin(self._memory_ptr, vaddr, size)
+        if extent < 0:
+            raise self._late_refusal(errno.EFAULT, "vaddr is not pinnable memory", iova, size)
+        account = self.account
+        if not account.has_room(size):
+            _unpin(self._memory_ptr, extent)
+            raise self._late_refusal(errno.ENOMEM, "RLIMIT_MEMLOCK exceeded", iova, size)
+        error = _insert(self._index_ptr, iova, size, vaddr, flags, extent)
+        if error:
+            _unpin(self._memory_ptr, extent)
+            raise self._late_refusal(-error, "", iova, size)
+        self.dma_avail -= 1
+        account.locked += size
+        try:
+            if _runs(self._memory_ptr, vaddr, size, self._run_buffer, 1) == 1:
+                gpa = self._run_buffer[0].gpa
+                for domain in self._domains:
+                    domain.map(iova, gpa, size, flags)
+            else:
+                runs = self._runs_of(vaddr, size)
+                for domain in self._domains:
+                    domain.map_runs(iova, runs, flags)
+        except BaseException as failure:
+            self._drop([(iova, size, extent)])
+            if isinstance(failure, PageTableError):
+                raise VfioError(
+                    failure.errno or errno.EIO, "map_dma", failure.reason, iova=iova, length=size
+                ) from failure
+            raise
+
+    def unmap(self, iova: int, size: int, flags: int = 0, bitmap: tuple[int, int] | None = None) -> int:
+        """Unmaps the mappings in [iova, iova + size) and returns their bytes, 0 where there is none.
+
+        When it returns, no device can reach the memory, and it is unpinned. ``flags``: VFIO_DMA_UNMAP_FLAG_ALL (with
+        ``iova`` and ``size`` 0), or _GET_DIRTY_BITMAP with ``bitmap``: (process address, page size). Version 2 raises
+        EINVAL where a mapping would be split; version 1 returns 0 where the range begins inside a mapping, and
+        takes one that it ends in whole. Raises ``VfioError``: EINVAL, EOVERFLOW, EFAULT (bitmap).
+        """
+        if not flags and self.v2:
+            # The usual case, one mapping exactly; everything else takes the long way.
+            found = self._found
+            if (
+                not (iova | size) & self._page_mask
+                and 0 <= iova
+                and 0 < size <= _SPACE - iova
+                and _range(self._index_ptr, iova, iova + size - 1, found, 2) == 1
+                and found[0].iova == iova
+                and found[0].size == size
+            ):
+                extent = found[0].cookie
+                for domain in self._domains:
+                    domain.unmap(iova, size)
+                _remove(self._index_ptr, iova, ffi.NULL)
+                _unpin(self._memory_ptr, extent)
+                self.account.locked -= size
+                self.dma_avail += 1
+                return size
+        last = self._check_unmap(iova, size, flags, bitmap)
+        mappings = list(self._index.range(iova, last))
+        if not mappings:
+            return 0
+        if not flags & _UNMAP_ALL and not self._whole(mappings, iova, last):
+            return 0
+        if bitmap is not None:
+            try:
+                ranges = [(mapping.iova, mapping.size) for mapping in mappings]
+                write_bitmap(bitmap[0], iova, bitmap[1].bit_length() - 1, ranges)
+            except OSError as error:
+                raise VfioError(error.errno or errno.EFAULT, "unmap_dma", "bitmap", iova=iova) from error
+        self._drop([(mapping.iova, mapping.size, mapping.cookie) for mapping in mappings])
+        return sum(mapping.size for mapping in mappings)
+
+    def find(self, iova: int) -> Mapping | None:
+        """The mapping that contains a byte; ``flags`` are its permissions."""
+        return self._index.find(iova)
+
+    def mappings(self) -> Iterator[Mapping]:
+        """Every mapping, by IOVA."""
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def domains(self) -> tuple[PagingDomain, ...]:
+        """The paging domains in use."""
+        return self._domains
+
+    @property
+    def groups(self) -> tuple[IommuGroup, ...]:
+        """The attached groups."""
+        return tuple(group for placed in self._placed for group in placed.groups)
+
+    def get_dirty_bitmap(self, iova: int, size: int, address: int, pgsize: int) -> None:
+        """Reports the mapped pages of a range in the bitmap at a process address.
+
+        Raises ``VfioError``: EINVAL (page size not the smallest, range not aligned to it or empty, tracking not
+        started, a mapping split by the range), EFAULT.
+        """
+        operation = "dirty_pages"
+        if (
+            pgsize != self._page_mask + 1
+            or not size
+            or (iova | size) & self._page_mask
+            or not self.dirty_tracking
+        ):
+            raise VfioError(
+                errno.EINVAL, operation, "page size, alignment or no tracking", iova=iova, length=size
+            )
+        last = iova + size - 1
+        mappings = list(self._index.range(iova, last))
+        if mappings and (mappings[0].iova < iova or mappings[-1].last > last):
+            raise VfioError(errno.EINVAL, operation, "the range splits a mapping", iova=iova, length=size)
+        try:
+            ranges = [(mapping.iova, mapping.size) for mapping in mappings]
+            write_bitmap(address, iova, pgsize.bit_length() - 1, ranges)
+        except OSError as error:
+            raise VfioError(
+                error.errno or errno.EFAULT, operation, "bitmap", iova=iova, length=size
+            ) from error
+
+    def attach_group(self, group: IommuGroup) -> None:
+        """Gives the container's mappings to a group's devices, and claims the group where nobody has.
+
+        The group joins a compatible domain, or gets one into which every mapping is replayed. Raises ``VfioError``:
+        EINVAL (attached already; its aperture or reserved regions conflict with the mappings or leave no IOVA),
+        EPERM (not viable), ENOMEM, or what the host's refusal means.
+        """
+        if group in self.groups:
+            raise VfioError(errno.EINVAL, "attach_group", f"group {group.id} is attached already")
+        with _as_vfio_errors("attach_group"):
+            claim = group.owner is None
+            if claim:
+                group.claim_dma_owner()
+            try:
+                self._place(group, claim)
+            except BaseException:
+                if claim:
+                    group.release_dma_owner()
+                raise
+        self._refresh()
+
+    def detach_group(self, group: IommuGroup) -> None:
+        """Moves a group's devices to blocking; with the last group every mapping goes.
+
+        A claim made by ``attach_group`` is released. Raises ``VfioError``: EINVAL for a group that is not attached, or
+        what the host's refusal to block a device means: the group stays attached then.
+        """
+        placed = next((placed for placed in self._placed if group in placed.groups), None)
+        if placed is None:
+            raise VfioError(errno.EINVAL, "detach_group", f"group {group.id} is not attached")
+        with _as_vfio_errors("detach_group"):
+            group.detach()
+            claimed = placed.groups.pop(group)
+            if not placed.groups:
+                if len(self._placed) == 1:
+                    self._drop_all()
+                self._placed.remove(placed)
+                placed.domain.free()
+            self._refresh()
+            if claimed:
+                group.release_dma_owner()
+
+    def close(self) -> None:
+        """Detaches every group and unmaps everything.
+
+        A group whose devices the host does not block is reported in the log and stays attached, to an empty table.
+        """
+        for group in self.groups:
+            try:
+                self.detach_group(group)
+            except VfioError as error:
+                _log.warning("group %d: not detached: %s", group.id, error)
+        self._drop_all()
+
+    def _refusal(self, iova: int, vaddr: int, size: int, flags: int) -> VfioError:
+        """The first of the checks before pinning that a request to map fails."""
+
+        def refused(number: int, reason: str) -> VfioError:
+            return VfioError(number, "map_dma", reason, iova=iova, length=size)
+
+        if flags & ~(_READ | _WRITE):
+            return refused(errno.EINVAL, f"unknown flags {flags:#x}")
+        if size <= 0 or iova < 0 or vaddr < 0:
+            return refused(errno.EINVAL, "size is 0, or an address negative")
+        if iova + size > _SPACE or vaddr + size > _SPACE:
+            return refused(errno.EOVERFLOW, "iova or vaddr wraps")
+        if not flags:
+            return refused(errno.EINVAL, "neither read nor write")
+        if (iova | vaddr | size) & self._page_mask:
+            return refused(errno.EINVAL, "iova, vaddr or size is not page-aligned")
+        overlapped = self._index.first(iova, iova + size - 1)
+        if overlapped is not None:
+            return refused(errno.EEXIST, f"overlaps the mapping at {overlapped.iova:#x}")
+        if not self.dma_avail:
+            return refused(errno.ENOSPC, "no DMA entry is left")
+        return refused(errno.EINVAL, "outside the aperture or in a reserved range")
+
+    def _late_refusal(self, number: int, reason: str, iova: int, size: int) -> VfioError:
+        """A failure from pinning on; an overlap, which the index finds only later, comes first all the same."""
+        overlapped = self._index.first(iova, iova + size - 1)
+        if overlapped is not None:
+            number, reason = errno.EEXIST, f"overlaps the mapping at {overlapped.iova:#x}"
+        return VfioError(number, "map_dma", reason, iova=iova, length=size)
+
+    def _check_unmap(self, iova: int, size: int, flags: int, bitmap: tuple[int, int] | None) -> int:
+        """Checks a request to unmap and returns the last IOVA of its range."""
+
+        def refused(number: int, reason: str) -> VfioError:
+            return VfioError(number, "unmap_dma", reason, iova=iova, length=size)
+
+        if flags & ~(_UNMAP_ALL | _UNMAP_DIRTY) or flags == _UNMAP_ALL | _UNMAP_DIRTY:
+            raise refused(errno.EINVAL, f"flags {flags:#x}")
+        if bool(flags & _UNMAP_DIRTY) != (bitmap is not None):
+            raise refused(errno.EINVAL, "the flag and the bitmap go together")
+        if iova < 0 or iova & self._page_mask:
+            raise refused(errno.EINVAL, "iova is not page-aligned")
+        if flags & _UNMAP_ALL:
+            if iova or size:
+                raise refused(errno.EINVAL, "unmap-all with an iova or a size")
+            return _TOP
+        if size <= 0 or size & self._page_mask:
+            raise refused(errno.EINVAL, "size is 0 or not page-aligned")
+        if iova + size > _SPACE:
+            raise refused(errno.EOVERFLOW, "iova wraps")
+        if bitmap is not None and (not self.dirty_tracking or bitmap[1] != self._page_mask + 1):
+            raise refused(errno.EINVAL, "no dirty tracking, or not the smallest page size")
+        return iova + size - 1
+
+    def _whole(self, mappings: list[Mapping], iova: int, last: int) -> bool:
+        """Whether the range may take these mappings: version 2 raises where one is split, version 1 says no."""
+        if not self.v2:
+            return mappings[0].iova >= iova
+        for mapping in (mappings[0], mappings[-1]):
+            if mapping.iova < iova or mapping.last > last:
+                raise VfioError(
+                    errno.EINVAL,
+                    "unmap_dma",
+                    f"would split the mapping {mapping.iova:#x}-{mapping.last:#x}",
+                    iova=iova,
+                    length=last - iova + 1,
+                )
+        return True
+
+    def _drop(self, mappings: list[tuple[int, int, int]]) -> None:
+        """Takes out mappings (iova, size, extent), in order: page tables, one flush per domain, then the rest.
+
+        Where a domain raises, the mappings stay known and pinned, and a later unmap begins again.
+        """
+        ranges: list[tuple[int, int]] = []
+        for iova, size, _ in mappings:
+            if ranges and ranges[-1][0] + ranges[-1][1] == iova:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + size)
+            else:
+                ranges.append((iova, size))
+        for domain in self._domains:
+            domain.unmap_ranges(ranges)
+        for iova, size, extent in mappings:
+            _remove(self._index_ptr, iova, ffi.NULL)
+            _unpin(self._memory_ptr, extent)
+            self.account.locked -= size
+        self.dma_avail += len(mappings)
+
+    def _drop_all(self) -> None:
+        mappings = [(mapping.iova, mapping.size, mapping.cookie) for mapping in self._index]
+        if mappings:
+            self._drop(mappings)
+
+    def _runs_of(self, vaddr: int, size: int) -> list[tuple[int, int]]:
+        """The guest memory behind pinned process memory, as (GPA, bytes)."""
+        runs = self._run_buffer
+        count = _runs(self._memory_ptr, vaddr, size, runs, _RUNS)
+        if count > _RUNS:
+            runs = ffi.new("struct pv_run[]", count)
+            _runs(self._memory_ptr, vaddr, size, runs, count)
+        return [(runs[i].gpa, runs[i].size) for i in range(count)]
+
+    def _place(self, group: IommuGroup, claimed: bool) -> None:
+        """Finds the claimed group a domain and attaches it."""
+        domain = self._iommu.paging_domain()
+        used = False
+        try:
+            ranges = self._ranges_with(domain)
+            if not ranges or any(self._index.first(*gap) is not None for gap in gaps(ranges)):
+                raise VfioError(errno.EINVAL, "attach_group", f"the IOVAs of group {group.id} do not fit")
+            if self._share(domain, group, claimed):
+                return
+            for mapping in self._index:
+                domain.map_runs(mapping.iova, self._runs_of(mapping.vaddr, mapping.size), mapping.flags)
+            group.attach(domain)
+            self._placed.append(_Placed(domain, {group: claimed}))
+            used = True
+        finally:
+            if not used:
+                self._discard(domain)
+
+    def _share(self, like: PagingDomain, group: IommuGroup, claimed: bool) -> bool:
+        """Attaches the group to a domain that serves it as well as ``like`` would, where the host takes it."""
+        for placed in self._placed:
+            domain = placed.domain
+            if domain.aperture != like.aperture or domain.pgsize_bitmap != like.pgsize_bitmap:
+                continue
+            try:
+                group.attach(domain)
+            except HypercallError as error:
+                _log.warning("group %d does not share domain %d: %s", group.id, domain.id, error)
+                continue
+            placed.groups[group] = claimed
+            return True
+        return False
+
+    def _ranges_with(self, domain: PagingDomain | None = None) -> tuple[IovaRange, ...]:
+        """The usable IOVAs of the domains in use and one more."""
+        domains = [*self._domains, domain] if domain is not None else list(self._domains)
+        reserved = ((region.start, region.last) for each in domains for region in each.reserved_regions)
+        return usable_ranges((each.aperture for each in domains), reserved)
+
+    def _refresh(self) -> None:
+        """After a change of domains: what depends on all of them."""
+        self._domains = tuple(placed.domain for placed in self._placed)
+        self.iova_ranges = self._ranges_with()
+        bitmap = _PAGE_SIZES
+        for domain in self._domains:
+            bitmap &= domain.pgsize_bitmap
+        self.pgsize_bitmap = bitmap
+        self._page_mask = (bitmap & -bitmap) - 1
+
+    @staticmethod
+    def _discard(domain: PagingDomain) -> None:
+        """Frees a domain no group is in; one that a device is stuck in is emptied and kept."""
+        if domain.devices:
+            start, last = domain.aperture
+            domain.unmap(start, last - start + 1)
+            _log.warning("domain %d is not freed: %s stuck in it", domain.id, ", ".join(domain.devices))
+            return
+        domain.free()
