@@ -14,16 +14,16 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pvfio.abi import ffi, lib
-from pvfio.errors import HypercallError, IommuError, PageTableError, VfioError
+from pvfio.errors import HypercallError, PageTableError, VfioError
 from pvfio.guest.mapping_index import Mapping, MappingIndex
 from pvfio.guest.type1_dirty import write_bitmap
+from pvfio.guest.type1_domains import Type1Domains
 from pvfio.guest.type1_ioctl import type1_ioctl
-from pvfio.guest.type1_iova import IovaRange, gaps, usable_ranges
+from pvfio.guest.type1_iova import IovaRange
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
@@ -41,7 +41,6 @@ _UNMAP_ALL: int = lib.VFIO_DMA_UNMAP_FLAG_ALL
 _UNMAP_DIRTY: int = lib.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
 _TOP = (1 << 64) - 1
 _SPACE = 1 << 64
-_PAGE_SIZES = _TOP & ~0xFFF
 _RUNS = 64
 _FOUND = 64
 
@@ -77,24 +76,6 @@ class LockedMemory:
         return self.limit is None or self.locked + size <= self.limit
 
 
-@dataclass
-class _Placed:
-    """A paging domain and the groups in it; the value says whether this container claimed the group."""
-
-    domain: PagingDomain
-    groups: dict[IommuGroup, bool] = field(default_factory=dict)
-
-
-@contextmanager
-def _as_vfio_errors(operation: str) -> Iterator[None]:
-    try:
-        yield
-    except (HypercallError, IommuError, PageTableError) as error:
-        raise VfioError(error.errno or errno.EIO, operation, error.reason) from error
-    except MemoryError as error:
-        raise VfioError(errno.ENOMEM, operation, str(error)) from error
-
-
 class Type1:
     """One container's IOMMU.
 
@@ -117,16 +98,18 @@ class Type1:
         self.account = account or LockedMemory(limits.memlock)
         self.dma_avail = limits.dma_entry_limit
         self.dirty_tracking = False
-        self.pgsize_bitmap = _PAGE_SIZES
-        self.iova_ranges: tuple[IovaRange, ...] = ()
-        self._page_mask = 0xFFF
         self._memory = memory
         self._memory_ptr = memory.ptr
-        self._iommu = iommu
         self._index = MappingIndex()
         self._index_ptr = self._index.ptr
-        self._placed: list[_Placed] = []
-        self._domains: tuple[PagingDomain, ...] = ()
+        self._carriers = Type1Domains(iommu)
+        # What the checks of a mapping look at, copied from there after every change.
+        self.pgsize_bitmap: int
+        self.iova_ranges: tuple[IovaRange, ...]
+        self._page_mask: int
+        self._domains: tuple[PagingDomain, ...]
+        self._refresh()
+        self._unflushed = False
         self._run_buffer: Any = ffi.new("struct pv_run[]", _RUNS)
         self._found: Any = ffi.new("struct pv_mapping[]", _FOUND)
 
@@ -199,7 +182,7 @@ class Type1:
         EINVAL where a mapping would be split; version 1 returns 0 where the range begins inside a mapping, and
         takes one that it ends in whole. Raises ``VfioError``: EINVAL, EOVERFLOW, EFAULT (bitmap).
         """
-        if not flags and self.v2:
+        if not flags and self.v2 and not self._unflushed:
             # The usual case, one mapping exactly; everything else takes the long way.
             found = self._found
             if (
@@ -211,8 +194,10 @@ class Type1:
                 and found[0].size == size
             ):
                 extent = found[0].cookie
+                self._unflushed = True
                 for domain in self._domains:
                     domain.unmap(iova, size)
+                self._unflushed = False
                 _remove(self._index_ptr, iova, ffi.NULL)
                 _unpin(self._memory_ptr, extent)
                 self.account.locked -= size
@@ -252,7 +237,7 @@ class Type1:
     @property
     def groups(self) -> tuple[IommuGroup, ...]:
         """The attached groups."""
-        return tuple(group for placed in self._placed for group in placed.groups)
+        return self._carriers.groups
 
     def get_dirty_bitmap(self, iova: int, size: int, address: int, pgsize: int) -> None:
         """Reports the mapped pages of a range in the bitmap at a process address.
@@ -289,19 +274,10 @@ class Type1:
         EINVAL (attached already; its aperture or reserved regions conflict with the mappings or leave no IOVA),
         EPERM (not viable), ENOMEM, or what the host's refusal means.
         """
-        if group in self.groups:
-            raise VfioError(errno.EINVAL, "attach_group", f"group {group.id} is attached already")
-        with _as_vfio_errors("attach_group"):
-            claim = group.owner is None
-            if claim:
-                group.claim_dma_owner()
-            try:
-                self._place(group, claim)
-            except BaseException:
-                if claim:
-                    group.release_dma_owner()
-                raise
-        self._refresh()
+        try:
+            self._carriers.attach(group, self._index, self._runs_of)
+        finally:
+            self._refresh()
 
     def detach_group(self, group: IommuGroup) -> None:
         """Moves a group's devices to blocking; with the last group every mapping goes.
@@ -309,20 +285,10 @@ class Type1:
         A claim made by ``attach_group`` is released. Raises ``VfioError``: EINVAL for a group that is not attached, or
         what the host's refusal to block a device means: the group stays attached then.
         """
-        placed = next((placed for placed in self._placed if group in placed.groups), None)
-        if placed is None:
-            raise VfioError(errno.EINVAL, "detach_group", f"group {group.id} is not attached")
-        with _as_vfio_errors("detach_group"):
-            group.detach()
-            claimed = placed.groups.pop(group)
-            if not placed.groups:
-                if len(self._placed) == 1:
-                    self._drop_all()
-                self._placed.remove(placed)
-                placed.domain.free()
+        try:
+            self._carriers.detach(group, self._drop_all)
+        finally:
             self._refresh()
-            if claimed:
-                group.release_dma_owner()
 
     def close(self) -> None:
         """Detaches every group and unmaps everything.
@@ -408,16 +374,25 @@ class Type1:
     def _drop(self, mappings: list[tuple[int, int, int]]) -> None:
         """Takes out mappings (iova, size, extent), in order: page tables, one flush per domain, then the rest.
 
-        Where a domain raises, the mappings stay known and pinned, and a later unmap begins again.
+        Where a domain raises, the mappings stay known and pinned; a later unmap begins with a flush of
+        everything.
         """
+        if self._unflushed:
+            try:
+                for domain in self._domains:
+                    domain.flush_all()
+            except HypercallError as error:
+                raise VfioError(error.errno or errno.EIO, "unmap_dma", error.reason) from error
         ranges: list[tuple[int, int]] = []
         for iova, size, _ in mappings:
             if ranges and ranges[-1][0] + ranges[-1][1] == iova:
                 ranges[-1] = (ranges[-1][0], ranges[-1][1] + size)
             else:
                 ranges.append((iova, size))
+        self._unflushed = True
         for domain in self._domains:
             domain.unmap_ranges(ranges)
+        self._unflushed = False
         for iova, size, extent in mappings:
             _remove(self._index_ptr, iova, ffi.NULL)
             _unpin(self._memory_ptr, extent)
@@ -438,62 +413,8 @@ class Type1:
             _runs(self._memory_ptr, vaddr, size, runs, count)
         return [(runs[i].gpa, runs[i].size) for i in range(count)]
 
-    def _place(self, group: IommuGroup, claimed: bool) -> None:
-        """Finds the claimed group a domain and attaches it."""
-        domain = self._iommu.paging_domain()
-        used = False
-        try:
-            ranges = self._ranges_with(domain)
-            if not ranges or any(self._index.first(*gap) is not None for gap in gaps(ranges)):
-                raise VfioError(errno.EINVAL, "attach_group", f"the IOVAs of group {group.id} do not fit")
-            if self._share(domain, group, claimed):
-                return
-            for mapping in self._index:
-                domain.map_runs(mapping.iova, self._runs_of(mapping.vaddr, mapping.size), mapping.flags)
-            group.attach(domain)
-            self._placed.append(_Placed(domain, {group: claimed}))
-            used = True
-        finally:
-            if not used:
-                self._discard(domain)
-
-    def _share(self, like: PagingDomain, group: IommuGroup, claimed: bool) -> bool:
-        """Attaches the group to a domain that serves it as well as ``like`` would, where the host takes it."""
-        for placed in self._placed:
-            domain = placed.domain
-            if domain.aperture != like.aperture or domain.pgsize_bitmap != like.pgsize_bitmap:
-                continue
-            try:
-                group.attach(domain)
-            except HypercallError as error:
-                _log.warning("group %d does not share domain %d: %s", group.id, domain.id, error)
-                continue
-            placed.groups[group] = claimed
-            return True
-        return False
-
-    def _ranges_with(self, domain: PagingDomain | None = None) -> tuple[IovaRange, ...]:
-        """The usable IOVAs of the domains in use and one more."""
-        domains = [*self._domains, domain] if domain is not None else list(self._domains)
-        reserved = ((region.start, region.last) for each in domains for region in each.reserved_regions)
-        return usable_ranges((each.aperture for each in domains), reserved)
-
     def _refresh(self) -> None:
-        """After a change of domains: what depends on all of them."""
-        self._domains = tuple(placed.domain for placed in self._placed)
-        self.iova_ranges = self._ranges_with()
-        bitmap = _PAGE_SIZES
-        for domain in self._domains:
-            bitmap &= domain.pgsize_bitmap
-        self.pgsize_bitmap = bitmap
-        self._page_mask = (bitmap & -bitmap) - 1
-
-    @staticmethod
-    def _discard(domain: PagingDomain) -> None:
-        """Frees a domain no group is in; one that a device is stuck in is emptied and kept."""
-        if domain.devices:
-            start, last = domain.aperture
-            domain.unmap(start, last - start + 1)
-            _log.warning("domain %d is not freed: %s stuck in it", domain.id, ", ".join(domain.devices))
-            return
-        domain.free()
+        self._domains = self._carriers.domains
+        self.iova_ranges = self._carriers.iova_ranges
+        self.pgsize_bitmap = self._carriers.pgsize_bitmap
+        self._page_mask = (self.pgsize_bitmap & -self.pgsize_bitmap) - 1

@@ -150,8 +150,8 @@ def test_a_full_64_bit_space_less_one_byte_is_one_mapping() -> None:
 def test_lack_of_memory_refuses_the_insert_and_changes_nothing() -> None:
     index = MappingIndex(max_bytes=80 << 10)
     inserted = 0
-    refused = 0
-    while not refused:
+    refused: int | None = None
+    while refused is None:
         try:
             index.insert(inserted << 12, 0x1000, inserted)
             inserted += 1

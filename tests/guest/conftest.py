@@ -1,0 +1,105 @@
+"""A host, two teaching devices and the guest's IOMMU driver: what type1 runs on."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pvfio.abi import lib
+from pvfio.abi.hyperv import logical_id_prefix
+from pvfio.devices.testdev import TestDevice
+from pvfio.guest.iommu_group import IommuGroup
+from pvfio.guest.logical_id import LogicalIdRegistry
+from pvfio.guest.pci import enumerate_bus
+from pvfio.guest.pviommu import PvIommu
+from pvfio.guest.transport import HypercallTransport
+from pvfio.guest.type1 import LockedMemory, Type1, Type1Limits
+from pvfio.host.config import IommuConfig
+from pvfio.host.hypervisor import Hypervisor
+from pvfio.memory import GuestMemory
+from pvfio.silicon import BusMaster
+
+_GUID = uuid.UUID("6a1cb2c4-0f3e-4d35-9a70-3b5f1c2d4e5f")
+
+
+class Type1Machine:
+    """The room type1 lives in. ``groups[i]`` holds the device whose bus master is ``buses[i]``."""
+
+    def __init__(self, *, ram: int = 64 << 20, width: int = 48) -> None:
+        self.memory = GuestMemory(ram, host_private=16 << 20)
+        self.hypervisor = Hypervisor(self.memory, IommuConfig(max_iova_width=width))
+        self.calls: list[int] = []
+        self.transport = HypercallTransport(self.memory, self.hypercall, 2)
+        iommu = PvIommu.detect(self.transport, self.memory)
+        assert iommu is not None
+        self.iommu = iommu
+        channel = self.hypervisor.add_bus(_GUID, 0)
+        registry = LogicalIdRegistry()
+        registry.register(0, logical_id_prefix(_GUID.bytes_le))
+        self.buses: list[BusMaster] = []
+        for function in range(2):
+            channel.plug(function, self._make_device)
+        self.groups = []
+        for device in enumerate_bus(channel, registry):
+            iommu.probe(device)
+            device.enable()
+            self.groups.append(IommuGroup(len(self.groups), iommu, [device]))
+
+    def _make_device(self, bus: BusMaster) -> TestDevice:
+        self.buses.append(bus)
+        return TestDevice(bus)
+
+    def hypercall(self, vp: int, control: int, input_gpa: int, output_gpa: int) -> int:
+        """The host's door; ``calls`` remembers the call codes."""
+        self.calls.append(control & 0xFFFF)
+        return self.hypervisor.hypercall(vp, control, input_gpa, output_gpa)
+
+    def type1(
+        self,
+        *,
+        v2: bool = True,
+        groups: int = 1,
+        entries: int = 65535,
+        memlock: int | None = None,
+        account: LockedMemory | None = None,
+    ) -> Type1:
+        """A container's type1 with that many groups in it."""
+        type1 = Type1(self.memory, self.iommu, Type1Limits(entries, memlock), v2, account=account)
+        for group in self.groups[:groups]:
+            type1.attach_group(group)
+        return type1
+
+    def held(self) -> tuple[int, int, int]:
+        """Pins, table pages and free frames: what a leak would change."""
+        stats = self.memory.stats()
+        return stats.pins, stats.table_pages, stats.free_frames
+
+    def flushes(self) -> int:
+        """Flush hypercalls so far."""
+        flushing = (lib.HVCALL_FLUSH_DEVICE_DOMAIN, lib.HVCALL_FLUSH_DEVICE_DOMAIN_LIST)
+        return sum(call in flushing for call in self.calls)
+
+    def close(self) -> None:
+        """Takes the host away."""
+        self.hypervisor.close()
+
+
+@pytest.fixture
+def make_type1_machine() -> Iterator[Callable[..., Type1Machine]]:
+    made: list[Type1Machine] = []
+
+    def make(**how: Any) -> Type1Machine:
+        made.append(Type1Machine(**how))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.close()
+
+
+@pytest.fixture
+def type1_machine(make_type1_machine: Callable[..., Type1Machine]) -> Type1Machine:
+    return make_type1_machine()
