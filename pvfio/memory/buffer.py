@@ -26,8 +26,8 @@ class _Origin:
 class DmaBuffer(np.ndarray[Any, np.dtype[Any]]):
     """An array of guest memory: shape ``(size,)`` and dtype ``uint8`` at birth; views may have any shape and dtype.
 
-    The frames are recycled when neither a view nor a pin (a mapping) of them lives. A copy (``buf.copy()``, ``buf + 1``) is
-    ordinary memory: its ``iova`` is ``None``.
+    The frames are recycled when neither a view nor a pin (a mapping) of them lives. A copy (``buf.copy()``,
+    ``buf + 1``) is ordinary memory: its ``iova`` is ``None``.
     """
 
     _origin: _Origin | None

@@ -112,7 +112,7 @@ class GuestMemory:
         pointer = lib.pv_space_at(space, address, size)
         if pointer == ffi.NULL:
             raise ValueError(f"{what} {address:#x} length {size:#x} is not memory")
-        owner = ffi.gc(ffi.cast("uint8_t *", pointer), _KeepAlive(self.ptr))
+        owner = ffi.gc(ffi.cast("uint8_t *", pointer), _KeepAlive(lib.pv_memory_get(self.ptr)))
         return memoryview(ffi.buffer(owner, size))
 
     def alloc(self, size: int, *, align: int = PAGE_SIZE, scattered: bool = False) -> DmaBuffer:
@@ -168,7 +168,7 @@ class GuestMemory:
 
 
 class _KeepAlive:
-    """A destructor that does nothing but hold the memory until the view is gone."""
+    """Holds the memory until the view is gone."""
 
     __slots__ = ("_memory",)
 
@@ -176,7 +176,7 @@ class _KeepAlive:
         self._memory = memory
 
     def __call__(self, _pointer: Any) -> None:
-        return None
+        lib.pv_memory_destroy(self._memory)
 
 
 def _release(memory: Any, extent: int) -> None:

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +31,7 @@ struct extent {
 };
 
 struct pv_memory {
+    _Atomic uint32_t references;
     pthread_mutex_t lock;
     int fd;
     uint64_t size;
@@ -268,6 +270,7 @@ struct pv_memory *pv_memory_create(uint64_t ram_size, uint64_t host_size, uint64
         *error = -ENOMEM;
         return NULL;
     }
+    atomic_init(&m->references, 1);
     m->fd = -1;
     m->size = ram_size;
     m->low_size = ram_size < PV_GPA_HOLE_START ? ram_size : PV_GPA_HOLE_START;
@@ -288,9 +291,15 @@ static void forget_extent_range(struct extent *e)
     }
 }
 
+struct pv_memory *pv_memory_get(struct pv_memory *m)
+{
+    atomic_fetch_add(&m->references, 1);
+    return m;
+}
+
 void pv_memory_destroy(struct pv_memory *m)
 {
-    if (!m)
+    if (!m || atomic_fetch_sub(&m->references, 1) > 1)
         return;
     for (uint32_t i = 0; i < m->extent_slots; i++)
         if (m->extents[i].used)
@@ -503,6 +512,7 @@ int64_t pv_memory_alloc(struct pv_memory *m, uint64_t size, uint64_t align, uint
     } else {
         e->used = true;
         m->extent_count++;
+        pv_memory_get(m);
         *vaddr = e->vaddr;
     }
     pthread_mutex_unlock(&m->lock);
@@ -541,12 +551,15 @@ void pv_memory_release(struct pv_memory *m, int64_t slot)
 {
     pthread_mutex_lock(&m->lock);
     struct extent *e = extent_at(m, slot);
-    if (e && e->held) {
+    bool held = e && e->held;
+    if (held) {
         e->held = false;
         if (!e->pins)
             recycle(m, slot);
     }
     pthread_mutex_unlock(&m->lock);
+    if (held)
+        pv_memory_destroy(m);
 }
 
 /* The extent that holds all of [vaddr, vaddr + size), or -EFAULT. */

@@ -55,6 +55,8 @@ struct pv_memory_stats {
 struct pv_memory;
 
 struct pv_memory *pv_memory_create(uint64_t ram_size, uint64_t host_size, uint64_t seed, int *error);
+/* Whoever keeps a pointer into it holds a reference; destroy drops one (the creator's, or one of get's). */
+struct pv_memory *pv_memory_get(struct pv_memory *memory);
 void pv_memory_destroy(struct pv_memory *memory);
 int pv_memory_fd(const struct pv_memory *memory);
 const struct pv_space *pv_memory_guest_space(const struct pv_memory *memory);
@@ -63,6 +65,7 @@ uint64_t pv_memory_gpa_to_hpa(const struct pv_memory *memory, uint64_t gpa);
 void pv_memory_stats(struct pv_memory *memory, struct pv_memory_stats *out);
 void *pv_space_at(const struct pv_space *space, uint64_t addr, uint64_t size);
 
+/* An extent holds a reference to the memory until pv_memory_release. */
 int64_t pv_memory_alloc(struct pv_memory *memory, uint64_t size, uint64_t align, uint32_t flags, uint64_t *vaddr);
 void pv_memory_release(struct pv_memory *memory, int64_t extent);
 int64_t pv_memory_pin(struct pv_memory *memory, uint64_t vaddr, uint64_t size);

@@ -303,8 +303,14 @@ void pv_bus_cancel(struct pv_bus *bus, int on)
     atomic_store(&bus->cancel, on ? 1u : 0u);
 }
 
+struct pv_bus *pv_bus_get(struct pv_bus *bus)
+{
+    atomic_fetch_add(&bus->references, 1);
+    return bus;
+}
+
 void pv_bus_destroy(struct pv_bus *bus)
 {
-    if (bus)
+    if (bus && atomic_fetch_sub(&bus->references, 1) == 1)
         bus->ops->destroy(bus);
 }

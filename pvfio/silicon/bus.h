@@ -37,6 +37,7 @@ struct pv_bus_ops {
 
 struct pv_bus {
     const struct pv_bus_ops *ops;
+    _Atomic uint32_t references; /* the creator's, and one of every engine and MSI-X table that holds it */
     /* Not zero: operations end with -ECANCELED at the next section (reset, abort, surprise removal). */
     _Atomic uint32_t cancel;
 };
@@ -74,6 +75,8 @@ int pv_bus_fill(struct pv_bus *bus, uint64_t dst, const void *pattern8, uint64_t
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma);
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data);
 void pv_bus_cancel(struct pv_bus *bus, int on);
+struct pv_bus *pv_bus_get(struct pv_bus *bus);
+/* Drops a reference; the last one frees it. */
 void pv_bus_destroy(struct pv_bus *bus);
 
 /* The plain table. Entries do not overlap; memory stays the caller's. Interrupts are counted, and ring `eventfd` (-1: none). */

@@ -19,7 +19,8 @@ WRITE: int = lib.PV_DMA_WRITE
 class DmaAborted(PvfioError):
     """A bus-master operation met a page that does not translate: a master abort, for the device to report.
 
-    ``fault_iova`` is the first byte that could not be reached, ``done`` the bytes before it, ``perm`` what was asked there.
+    ``fault_iova`` is the first byte that could not be reached, ``done`` the bytes before it, ``perm`` what was
+    asked there.
     """
 
     def __init__(self, operation: str, fault_iova: int, done: int, perm: int) -> None:
@@ -73,7 +74,7 @@ class BusMaster:
         self._finish("move", lib.pv_bus_move(self.ptr, dst, src, size, dma), dma)
 
     def fill(self, dst: int, pattern: bytes, size: int) -> None:
-        """Repeats an 8-byte pattern over ``size`` bytes. Raises as ``read``; ``ValueError`` for another pattern size."""
+        """Repeats an 8-byte pattern over ``size`` bytes. Raises as ``read``; ``ValueError``: not 8 bytes."""
         if len(pattern) != 8:
             raise ValueError(f"a fill pattern is 8 bytes, not {len(pattern)}")
         dma = ffi.new("struct pv_dma *")
@@ -117,7 +118,10 @@ class TableBus(BusMaster):
         self._kept[iova] = view
 
     def unmap(self, iova: int, size: int) -> None:
-        """Takes out every entry inside the range; when it returns no operation uses them. ``OSError``: EINVAL (splits one)."""
+        """Takes out every entry inside the range; when it returns no operation uses them.
+
+        ``OSError`` EINVAL when the range splits one.
+        """
         error = lib.pv_table_bus_unmap(self.ptr, iova, size)
         if error:
             raise OSError(-error, f"unmap iova {iova:#x} length {size:#x}: {errno.errorcode[-error]}")

@@ -28,12 +28,15 @@ struct requester;
 struct pv_domain {
     struct pv_iommu *iommu;
     uint32_t id;
+    uint32_t references; /* the creator's and one a requester, under the IOMMU's lock */
     uint16_t tag; /* names the domain in IOTLBs */
     struct walk_context context;
     struct requester *first; /* the requesters attached */
 };
 
 struct pv_iommu {
+    _Atomic uint32_t references;
+    struct pv_memory *memory;
     struct walk_host host;
     pthread_mutex_t lock; /* domains and who is attached; held while an invalidation waits for sections */
     uint64_t *tags;       /* a bit per domain tag in use */
@@ -57,6 +60,12 @@ struct requester {
     pthread_mutex_t msi_lock;
     int *msi_fd;            /* by message data; -1: none */
 };
+
+static struct pv_iommu *iommu_get(struct pv_iommu *iommu)
+{
+    atomic_fetch_add(&iommu->references, 1);
+    return iommu;
+}
 
 static void log_fault(struct requester *r, struct pv_fault *fault)
 {
@@ -171,6 +180,7 @@ static void requester_destroy(struct pv_bus *bus)
             close(r->msi_fd[i]);
     free(r->msi_fd);
     pthread_mutex_destroy(&r->msi_lock);
+    pv_iommu_destroy(r->iommu);
     free(r);
 }
 
@@ -189,7 +199,8 @@ struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id)
     for (uint32_t i = 0; i < MAX_MSI_DATA; i++)
         fds[i] = -1;
     r->bus.ops = &requester_ops;
-    r->iommu = iommu;
+    atomic_init(&r->bus.references, 1);
+    r->iommu = iommu_get(iommu);
     r->device_id = device_id;
     r->msi_fd = fds;
     pthread_mutex_init(&r->msi_lock, NULL);
@@ -214,6 +225,22 @@ int pv_requester_set_msi(struct pv_bus *requester, uint32_t data, int eventfd)
     return 0;
 }
 
+/* With the IOMMU's lock held. True: it was the last, free the domain once the lock is not held. */
+static bool drop_domain(struct pv_domain *domain)
+{
+    if (--domain->references)
+        return false;
+    /* Nothing is cached: leaving a domain cleared the requester's IOTLB. */
+    domain->iommu->tags[domain->tag / 64] &= ~(1ull << domain->tag % 64);
+    return true;
+}
+
+static void free_domain(struct pv_domain *domain)
+{
+    pv_iommu_destroy(domain->iommu);
+    free(domain);
+}
+
 static void unlink_requester(struct requester *r, struct pv_domain *domain)
 {
     struct requester **at = &domain->first;
@@ -228,6 +255,7 @@ int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain)
     struct requester *r = (struct requester *)requester;
     if (domain && domain->iommu != r->iommu)
         return -EINVAL;
+    bool last = false;
     pthread_mutex_lock(&r->iommu->lock);
     struct pv_domain *old = atomic_load(&r->domain);
     if (old != domain) {
@@ -235,14 +263,18 @@ int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain)
             unlink_requester(r, old);
         atomic_store(&r->domain, domain);
         if (domain) {
+            domain->references++;
             r->next = domain->first;
             domain->first = r;
         }
         atomic_fetch_add(&r->tlb.sequence, 1);
         tlb_clear(&r->tlb);
         pv_section_wait(&r->section);
+        last = old && drop_domain(old);
     }
     pthread_mutex_unlock(&r->iommu->lock);
+    if (last)
+        free_domain(old);
     return 0;
 }
 
@@ -286,6 +318,7 @@ struct pv_domain *pv_domain_create(struct pv_iommu *iommu, uint32_t id)
         return NULL;
     domain->iommu = iommu;
     domain->id = id;
+    domain->references = 1;
     pthread_mutex_lock(&iommu->lock);
     uint32_t tag = 1;
     while (tag < MAX_DOMAIN_TAGS && iommu->tags[tag / 64] >> tag % 64 & 1)
@@ -298,6 +331,7 @@ struct pv_domain *pv_domain_create(struct pv_iommu *iommu, uint32_t id)
         return NULL;
     }
     domain->tag = (uint16_t)tag;
+    iommu_get(iommu);
     return domain;
 }
 
@@ -317,13 +351,21 @@ int pv_domain_destroy(struct pv_domain *domain)
 {
     struct pv_iommu *iommu = domain->iommu;
     pthread_mutex_lock(&iommu->lock);
-    int error = domain->first ? -EBUSY : 0;
-    if (!error) /* nothing is cached: leaving a domain cleared the requester's IOTLB */
-        iommu->tags[domain->tag / 64] &= ~(1ull << domain->tag % 64);
+    bool busy = domain->first != NULL, last = !busy && drop_domain(domain);
     pthread_mutex_unlock(&iommu->lock);
-    if (!error)
-        free(domain);
-    return error;
+    if (last)
+        free_domain(domain);
+    return busy ? -EBUSY : 0;
+}
+
+void pv_domain_release(struct pv_domain *domain)
+{
+    struct pv_iommu *iommu = domain->iommu;
+    pthread_mutex_lock(&iommu->lock);
+    bool last = drop_domain(domain);
+    pthread_mutex_unlock(&iommu->lock);
+    if (last)
+        free_domain(domain);
 }
 
 static void invalidate(struct pv_domain *domain, uint64_t first, uint64_t last)
@@ -371,6 +413,8 @@ struct pv_iommu *pv_iommu_create(struct pv_memory *memory, int stage2_format, ui
             close(fd);
         return NULL;
     }
+    atomic_init(&iommu->references, 1);
+    iommu->memory = pv_memory_get(memory);
     iommu->host = (struct walk_host){pv_memory_host_space(memory), stage2_format, stage2_levels, stage2_root};
     iommu->tags = tags;
     iommu->fault_fd = fd;
@@ -381,9 +425,10 @@ struct pv_iommu *pv_iommu_create(struct pv_memory *memory, int stage2_format, ui
 
 void pv_iommu_destroy(struct pv_iommu *iommu)
 {
-    if (!iommu)
+    if (!iommu || atomic_fetch_sub(&iommu->references, 1) > 1)
         return;
     close(iommu->fault_fd);
+    pv_memory_destroy(iommu->memory);
     pthread_mutex_destroy(&iommu->lock);
     pthread_mutex_destroy(&iommu->fault_lock);
     free(iommu->tags);

@@ -69,13 +69,16 @@ struct pv_tlb_stats {
 };
 
 struct pv_iommu *pv_iommu_create(struct pv_memory *memory, int stage2_format, uint64_t stage2_root, uint32_t stage2_levels);
+/* Drops the creator's reference; domains and requesters hold one each, and the IOMMU holds the memory. */
 void pv_iommu_destroy(struct pv_iommu *iommu);
 
 struct pv_domain *pv_domain_create(struct pv_iommu *iommu, uint32_t id);
 /* Only while no requester is attached. */
 int pv_domain_configure(struct pv_domain *domain, uint32_t type, uint64_t root, uint32_t levels);
-/* -EBUSY while a requester is attached. */
+/* Ends the creator's hold on the domain: 0, or -EBUSY and nothing happens while a requester is attached. */
 int pv_domain_destroy(struct pv_domain *domain);
+/* The same whatever is attached: the domain goes with its last requester. */
+void pv_domain_release(struct pv_domain *domain);
 
 struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id);
 /* NULL: blocked. When it returns no DMA of the requester lands through the domain it had. */

@@ -1,7 +1,7 @@
 """The IOMMU hardware from Python: what the hypervisor programs and reads.
 
-Models device contexts, domains, invalidation, the fault log and interrupt delivery (``iommu.h``). Does not model a register
-interface: the host's own driver for it would add nothing that anybody here could see.
+Models device contexts, domains, invalidation, the fault log and interrupt delivery (``iommu.h``). Does not model
+a register interface: the host's own driver for it would add nothing that anybody here could see.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ REASONS: dict[int, str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One aborted transaction. ``stage`` 0 is the device context or an interrupt; ``level`` 0 means no entry was read."""
+    """One aborted transaction.
+
+    ``stage`` 0 is the device context or an interrupt; ``level`` 0 means no entry was read.
+    """
 
     device_id: int
     iova: int
@@ -93,23 +96,25 @@ class TlbStats:
 
 
 def _fault(raw: Any) -> Fault:
-    return Fault(
-        raw.device_id, raw.iova, raw.gpa, raw.domain, raw.stage, raw.level, raw.perm, raw.reason
-    )
+    return Fault(raw.device_id, raw.iova, raw.gpa, raw.domain, raw.stage, raw.level, raw.perm, raw.reason)
 
 
 class Domain:
     """A domain of device contexts: blocked, identity, or a stage-1 table. Born blocked."""
 
     def __init__(self, iommu: Iommu, id: int) -> None:
-        self.ptr = lib.pv_domain_create(iommu.ptr, id)
-        if self.ptr == ffi.NULL:
+        ptr = lib.pv_domain_create(iommu.ptr, id)
+        if ptr == ffi.NULL:
             raise MemoryError("no room for a domain")
+        self.ptr = ffi.gc(ptr, lib.pv_domain_release)
         self.id = id
         self._iommu = iommu
 
     def configure(self, type: int, root: int = 0, levels: int = 0) -> None:
-        """Sets what the domain does. ``OSError`` EBUSY while a requester is attached, EINVAL for values that cannot be."""
+        """Sets what the domain does.
+
+        ``OSError`` EBUSY while a requester is attached, EINVAL for values that cannot be.
+        """
         _check(lib.pv_domain_configure(self.ptr, type, root, levels), "configure domain")
 
     def invalidate(self) -> None:
@@ -123,6 +128,7 @@ class Domain:
     def destroy(self) -> None:
         """Ends the domain. ``OSError`` EBUSY while a requester is attached."""
         _check(lib.pv_domain_destroy(self.ptr), "destroy domain")
+        ffi.gc(self.ptr, None)
         self.ptr = ffi.NULL
 
 

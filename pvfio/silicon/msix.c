@@ -16,6 +16,7 @@ struct entry {
 };
 
 struct pv_msix {
+    _Atomic uint32_t references;
     struct pv_bus *bus;
     pthread_mutex_t lock;
     uint32_t vectors;
@@ -44,7 +45,8 @@ struct pv_msix *pv_msix_create(struct pv_bus *bus, uint32_t vectors)
         free(pending);
         return NULL;
     }
-    x->bus = bus;
+    atomic_init(&x->references, 1);
+    x->bus = pv_bus_get(bus);
     x->vectors = vectors;
     x->pending = pending;
     pthread_mutex_init(&x->lock, NULL);
@@ -52,10 +54,17 @@ struct pv_msix *pv_msix_create(struct pv_bus *bus, uint32_t vectors)
     return x;
 }
 
+struct pv_msix *pv_msix_get(struct pv_msix *x)
+{
+    atomic_fetch_add(&x->references, 1);
+    return x;
+}
+
 void pv_msix_destroy(struct pv_msix *x)
 {
-    if (!x)
+    if (!x || atomic_fetch_sub(&x->references, 1) > 1)
         return;
+    pv_bus_destroy(x->bus);
     pthread_mutex_destroy(&x->lock);
     free(x->pending);
     free(x);

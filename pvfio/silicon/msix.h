@@ -12,6 +12,8 @@
 struct pv_msix;
 
 struct pv_msix *pv_msix_create(struct pv_bus *bus, uint32_t vectors);
+struct pv_msix *pv_msix_get(struct pv_msix *msix);
+/* Drops a reference (the creator's, or one of get's); the last one frees it. */
 void pv_msix_destroy(struct pv_msix *msix);
 /* Message Control bits 15 and 14. */
 void pv_msix_control(struct pv_msix *msix, int enable, int function_mask);

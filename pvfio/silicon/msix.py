@@ -9,7 +9,10 @@ from pvfio.silicon.bus import BusMaster
 
 
 class Msix:
-    """A function's MSI-X table and pending bits; messages go out through ``bus``. ``ptr`` is for the device's engine."""
+    """A function's MSI-X table and pending bits; messages go out through ``bus``.
+
+    ``ptr`` (``struct pv_msix *``) is for the device's engine.
+    """
 
     def __init__(self, bus: BusMaster, vectors: int) -> None:
         ptr = lib.pv_msix_create(bus.ptr, vectors)
@@ -42,7 +45,10 @@ class Msix:
         return self._checked(lib.pv_msix_pba_read(self.ptr, offset, size, self._value), offset, size)
 
     def fire(self, vector: int) -> bool:
-        """Sends a vector; false where it is masked (it becomes pending), disabled or refused. ``ValueError``: no such vector."""
+        """Sends a vector; false where it is masked (it becomes pending), disabled or refused.
+
+        ``ValueError`` for a vector that does not exist.
+        """
         result = lib.pv_msix_fire(self.ptr, vector)
         if result == -errno.EINVAL:
             raise ValueError(f"vector {vector} of {self.vectors}")

@@ -103,6 +103,7 @@ struct pv_bus *pv_table_bus_create(int eventfd)
         return NULL;
     }
     t->bus.ops = &table_ops;
+    atomic_init(&t->bus.references, 1);
     atomic_init(&t->table, empty);
     pthread_mutex_init(&t->lock, NULL);
     t->eventfd = eventfd;

@@ -129,6 +129,7 @@ def test_iova_follows_views_and_leaves_copies(memory: GuestMemory) -> None:
     assert buffer.iova is None
     buffer.iova = 0x10000
     view = buffer[100:200]
+    assert isinstance(view, DmaBuffer)
     assert (view.iova, view.vaddr) == (0x10064, buffer.vaddr + 100)
     words = buffer.view(np.uint64)[2:]
     assert isinstance(words, DmaBuffer)
