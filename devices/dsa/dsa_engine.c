@@ -62,8 +62,8 @@ struct pv_dsa *pv_dsa_create(const struct pv_dsa_config *config, struct pv_bus *
     if (!dsa)
         return NULL;
     dsa->config = *config;
-    dsa->bus = bus;
-    dsa->msix = msix;
+    dsa->bus = pv_bus_get(bus);
+    dsa->msix = msix ? pv_msix_get(msix) : NULL;
     dsa->threaded = kind == PV_ENGINE_THREAD;
     dsa->flags = DSA_DESC_FLAGS_MASK & ~flags_without(config->gencap);
     dsa->portals = (struct pv_mmio){&dsa_portal_ops, dsa, (uint64_t)config->wqs * IDXD_WQ_PORTAL_STRIDE};
@@ -89,6 +89,8 @@ void pv_dsa_destroy(struct pv_dsa *dsa)
     }
     if (dsa->watch_fd >= 0)
         close(dsa->watch_fd);
+    pv_msix_destroy(dsa->msix);
+    pv_bus_destroy(dsa->bus);
     free(dsa->wq);
     free(dsa->group);
     free(dsa->slot);
