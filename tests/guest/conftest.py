@@ -1,4 +1,4 @@
-"""A host, two teaching devices and the guest's IOMMU driver: what type1 runs on."""
+"""A host, teaching devices and the guest's lowest rooms on them; and, with the IOMMU driver, what type1 runs on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvfio.abi.hyperv import logical_id_prefix
 from pvfio.devices.testdev import TestDevice
 from pvfio.guest.iommu_group import IommuGroup
 from pvfio.guest.logical_id import LogicalIdRegistry
-from pvfio.guest.pci import enumerate_bus
+from pvfio.guest.pci import PciDevice, enumerate_bus
 from pvfio.guest.pviommu import PvIommu
 from pvfio.guest.transport import HypercallTransport
 from pvfio.guest.type1 import LockedMemory, Type1, Type1Limits
@@ -103,3 +103,74 @@ def make_type1_machine() -> Iterator[Callable[..., Type1Machine]]:
 @pytest.fixture
 def type1_machine(make_type1_machine: Callable[..., Type1Machine]) -> Type1Machine:
     return make_type1_machine()
+
+
+INSTANCE = uuid.UUID("01234567-89ab-cdef-0123-456789abcdef")
+SEGMENT = 0x12
+
+
+class Guest:
+    """``entry`` is the hypervisor's door with a window: ``calls`` lists the call codes that went through it,
+    ``before`` runs ahead of each, and a code in ``swallowed`` is answered with success and not passed on."""
+
+    def __init__(self, config: IommuConfig, functions: int, ats: bool, pviommu: bool) -> None:
+        self.memory = GuestMemory(32 << 20)
+        self.hypervisor = Hypervisor(self.memory, config, vps=2)
+        self.bus = self.hypervisor.add_bus(INSTANCE, SEGMENT)
+        self.calls: list[int] = []
+        self.swallowed: set[int] = set()
+        self.before: Callable[[int], None] = lambda code: None
+        self.transport = HypercallTransport(self.memory, self.entry, 2)
+        self.registry = LogicalIdRegistry()
+        self.registry.register(SEGMENT, logical_id_prefix(INSTANCE.bytes_le))
+        self.functions = [
+            self.bus.plug(number, lambda bus: TestDevice(bus, ats=ats), pviommu=pviommu)
+            for number in range(functions)
+        ]
+        self.devices: list[PciDevice] = enumerate_bus(self.bus, self.registry)
+        for device in self.devices:
+            device.enable()
+
+    def entry(self, vp: int, control: int, input_gpa: int, output_gpa: int) -> int:
+        code = control & lib.HV_HYPERCALL_CODE_MASK
+        self.before(code)
+        self.calls.append(code)
+        if code in self.swallowed:
+            reps: int = control & lib.HV_HYPERCALL_REP_COUNT_MASK
+            return reps
+        return self.hypervisor.hypercall(vp, control, input_gpa, output_gpa)
+
+    def detect(self) -> PvIommu:
+        iommu = PvIommu.detect(self.transport, self.memory)
+        assert iommu is not None
+        return iommu
+
+    def codes(self, *codes: int) -> list[int]:
+        """The calls made with one of these codes, in order."""
+        return [code for code in self.calls if code in codes]
+
+    def count(self, code: int) -> int:
+        return self.calls.count(code)
+
+
+@pytest.fixture
+def make_guest() -> Iterator[Callable[..., Guest]]:
+    """Makes guests: ``make_guest(config=IommuConfig(), functions=1, ats=True, pviommu=True)``."""
+    made: list[Guest] = []
+
+    def make(
+        config: IommuConfig | None = None, *, functions: int = 1, ats: bool = True, pviommu: bool = True
+    ) -> Guest:
+        guest = Guest(config or IommuConfig(), functions, ats, pviommu)
+        made.append(guest)
+        return guest
+
+    yield make
+    for guest in made:
+        guest.hypervisor.close()
+
+
+@pytest.fixture
+def guest(make_guest: Callable[..., Guest]) -> Any:
+    """One such guest, with the default IOMMU and one function that has ATS."""
+    return make_guest()
