@@ -32,6 +32,7 @@ class Type1Machine:
         self.memory = GuestMemory(ram, host_private=16 << 20)
         self.hypervisor = Hypervisor(self.memory, IommuConfig(max_iova_width=width))
         self.calls: list[int] = []
+        self.interrupt: BaseException | None = None
         self.transport = HypercallTransport(self.memory, self.hypercall, 2)
         iommu = PvIommu.detect(self.transport, self.memory)
         assert iommu is not None
@@ -42,7 +43,7 @@ class Type1Machine:
         self.buses: list[BusMaster] = []
         for function in range(2):
             channel.plug(function, self._make_device)
-        self.groups = []
+        self.groups: list[IommuGroup] = []
         for device in enumerate_bus(channel, registry):
             iommu.probe(device)
             device.enable()
@@ -53,8 +54,11 @@ class Type1Machine:
         return TestDevice(bus)
 
     def hypercall(self, vp: int, control: int, input_gpa: int, output_gpa: int) -> int:
-        """The host's door; ``calls`` remembers the call codes."""
+        """The host's door; ``calls`` remembers the call codes. ``interrupt`` is raised, once, instead."""
         self.calls.append(control & 0xFFFF)
+        if self.interrupt is not None:
+            interrupt, self.interrupt = self.interrupt, None
+            raise interrupt
         return self.hypervisor.hypercall(vp, control, input_gpa, output_gpa)
 
     def type1(

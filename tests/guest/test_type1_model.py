@@ -1,0 +1,154 @@
+"""Type1 against a dictionary: whatever sequence of requests, the same answers, and at the end nothing is left."""
+
+from __future__ import annotations
+
+import errno
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from pvfio.abi import lib
+from pvfio.errors import VfioError
+from pvfio.guest.type1 import Type1
+
+pytestmark = pytest.mark.touches_c
+
+PAGE = 0x1000
+UNMAP_ALL: int = lib.VFIO_DMA_UNMAP_FLAG_ALL
+ENTRIES, MEMLOCK = 12, 700 * PAGE
+# Two windows of IOVAs: small ones, and around the interrupt range; 2 MiB pages fit into both.
+WINDOWS = (0, 0xFEC0_0000)
+RESERVED = range(0xFEE0_0000, 0xFEF0_0000)
+
+
+class Type1AgainstDict(RuleBasedStateMachine):
+    """The model: iova -> (size, vaddr). Pages are counted; each buffer's pages hold different numbers."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        super().__init__()
+        self.machine = make(ram=16 << 20)
+        self.empty = self.machine.held()
+        self.type1: Type1 = self.machine.type1(entries=ENTRIES, memlock=MEMLOCK)
+        memory = self.machine.memory
+        self.buffers = [memory.alloc(600 * PAGE), memory.alloc(40 * PAGE, scattered=True)]
+        for number, buffer in enumerate(self.buffers):
+            buffer[::PAGE] = [(number * 100 + i) % 256 for i in range(len(buffer) // PAGE)]
+        self.attached = [True, False]
+        self.model: dict[int, tuple[int, int]] = {}
+
+    def overlapping(self, iova: int, size: int) -> list[int]:
+        return sorted(at for at, (n, _) in self.model.items() if at < iova + size and iova < at + n)
+
+    def expected_errno(self, iova: int, size: int, pinnable: bool) -> int:
+        if self.overlapping(iova, size):
+            return errno.EEXIST
+        if len(self.model) == ENTRIES:
+            return errno.ENOSPC
+        if not any(self.attached) or (iova < RESERVED.stop and iova + size > RESERVED.start):
+            return errno.EINVAL
+        if not pinnable:
+            return errno.EFAULT
+        return errno.ENOMEM if sum(n for n, _ in self.model.values()) + size > MEMLOCK else 0
+
+    @rule(
+        window=st.sampled_from(WINDOWS),
+        page=st.integers(0, 1100),
+        pages=st.one_of(st.integers(1, 8), st.sampled_from([40, 512, 600])),
+        buffer=st.integers(0, 1),
+        offset=st.integers(0, 45),
+    )
+    def map(self, window: int, page: int, pages: int, buffer: int, offset: int) -> None:
+        iova, size = window + page * PAGE, pages * PAGE
+        memory = self.buffers[buffer]
+        vaddr = memory.vaddr + offset * PAGE
+        pinnable = offset * PAGE + size <= len(memory)
+        expected = self.expected_errno(iova, size, pinnable)
+        if expected:
+            with pytest.raises(VfioError) as caught:
+                self.type1.map(iova, vaddr, size, 3)
+            assert caught.value.errno == expected
+        else:
+            self.type1.map(iova, vaddr, size, 3)
+            self.model[iova] = (size, vaddr)
+
+    @rule(data=st.data(), before=st.integers(0, 3), after=st.integers(-2, 700))
+    def unmap(self, data: st.DataObject, before: int, after: int) -> None:
+        if not self.model:
+            return
+        at = data.draw(st.sampled_from(sorted(self.model)))
+        start = max(0, at - before * PAGE)
+        size = at - start + self.model[at][0] + after * PAGE
+        if size <= 0:
+            return
+        found = self.overlapping(start, size)
+        if found and (found[0] < start or found[-1] + self.model[found[-1]][0] > start + size):
+            with pytest.raises(VfioError) as caught:
+                self.type1.unmap(start, size)
+            assert caught.value.errno == errno.EINVAL
+            return
+        assert self.type1.unmap(start, size) == sum(self.model.pop(iova)[0] for iova in found)
+
+    @rule()
+    def unmap_all(self) -> None:
+        assert self.type1.unmap(0, 0, UNMAP_ALL) == sum(n for n, _ in self.model.values())
+        self.model.clear()
+
+    @rule(index=st.integers(0, 1), apart=st.booleans())
+    def change_group(self, index: int, apart: bool) -> None:
+        """Attaches or detaches; `apart`: the host refuses to share a domain."""
+        group = self.machine.groups[index]
+        if self.attached[index]:
+            self.type1.detach_group(group)
+            if not any(self.attached[:index] + self.attached[index + 1 :]):
+                self.model.clear()
+        else:
+            if apart and any(self.attached):
+                group.claim_dma_owner("vfio")
+                self.machine.hypervisor.inject(
+                    lib.HVCALL_ATTACH_DEVICE_DOMAIN, lib.HV_STATUS_OPERATION_DENIED
+                )
+            self.type1.attach_group(group)
+        self.attached[index] = not self.attached[index]
+        if not self.attached[index] and group.owner is not None:
+            group.release_dma_owner()
+
+    @invariant()
+    def devices_see_the_model(self) -> None:
+        assert {m.iova: (m.size, m.vaddr) for m in self.type1.mappings()} == self.model
+        assert self.type1.dma_avail == ENTRIES - len(self.model)
+        assert self.type1.account.locked == sum(n for n, _ in self.model.values())
+        assert self.machine.memory.stats().pins == len(self.model)
+        for index, bus in enumerate(self.machine.buses):
+            if not self.attached[index]:
+                continue
+            for iova, (size, vaddr) in self.model.items():
+                buffer = next(b for b in self.buffers if b.vaddr <= vaddr < b.vaddr + len(b))
+                first = vaddr - buffer.vaddr
+                for offset in (0, size - PAGE):
+                    assert bus.read(iova + offset, 1)[0] == buffer[first + offset]
+
+    def teardown(self) -> None:
+        self.type1.close()
+        self.buffers.clear()
+        gc.collect()  # frames of refused calls hold views of the buffers
+        for group in self.machine.groups:
+            if group.owner is not None:
+                group.release_dma_owner()
+        assert self.machine.held() == self.empty
+
+
+def test_type1_against_a_dictionary(make_type1_machine: Callable[..., Any]) -> None:
+    made: list[Any] = []
+
+    def make() -> Type1AgainstDict:
+        while made:
+            made.pop().machine.close()
+        made.append(Type1AgainstDict(make_type1_machine))
+        return made[0]
+
+    run_state_machine_as_test(make, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
