@@ -53,13 +53,14 @@ def check_extension(extension: int) -> int:
 
 def type1_ioctl(type1: Type1, request: int, arg: Any) -> int:
     """Carries out one request; see ``Type1.ioctl``."""
-    if request == _CHECK_EXTENSION:
-        return check_extension(int(arg))
-    if request not in _REQUESTS:
+    handler = _REQUESTS.get(request)
+    if handler is None:
+        if request == _CHECK_EXTENSION:
+            return check_extension(int(arg))
         raise VfioError(errno.ENOTTY, f"ioctl {request:#x}", "not a request of type1")
-    if not isinstance(arg, ffi.CData) or ffi.typeof(arg).kind not in ("pointer", "array") or arg == ffi.NULL:
+    if not isinstance(arg, ffi.CData) or not arg or ffi.typeof(arg).kind not in ("pointer", "array"):
         raise VfioError(errno.EFAULT, f"ioctl {request:#x}", "the argument is not a pointer")
-    _REQUESTS[request](type1, arg)
+    handler(type1, arg)
     return 0
 
 
@@ -69,7 +70,7 @@ def _get_info(type1: Type1, arg: Any) -> None:
 
 
 def _map_dma(type1: Type1, arg: Any) -> None:
-    request = ffi.cast(_MAP_TYPE, arg)
+    request = arg if ffi.typeof(arg) is _MAP_TYPE else ffi.cast(_MAP_TYPE, arg)
     flags = request.flags
     if request.argsz < _MAP_SIZE or flags & ~_MAP_FLAGS:
         raise VfioError(errno.EINVAL, "map_dma", f"argsz {request.argsz}, flags {flags:#x}")
@@ -77,7 +78,7 @@ def _map_dma(type1: Type1, arg: Any) -> None:
 
 
 def _unmap_dma(type1: Type1, arg: Any) -> None:
-    request = ffi.cast(_UNMAP_TYPE, arg)
+    request = arg if ffi.typeof(arg) is _UNMAP_TYPE else ffi.cast(_UNMAP_TYPE, arg)
     argsz, flags, size = request.argsz, request.flags, request.size
     known = flags in (0, _UNMAP_ALL, _UNMAP_DIRTY)
     if argsz < _UNMAP_SIZE or not known:

@@ -10,6 +10,7 @@ Not here: the kernel's side (``guest/vfio_container.py``, ``guest/type1.py``), h
 from __future__ import annotations
 
 import errno
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Container", "IommuInfo", "MigrationInfo", "UnmapMismatch"]
 
 
-class UnmapMismatch(VfioError):  # noqa: N818
+class UnmapMismatch(VfioError):
     """An unmap succeeded, but for another number of bytes than asked: ``length`` was asked, ``unmapped`` was
     done.
     """
@@ -64,9 +65,14 @@ class Container(ABC):
     iova_allocator: IovaAllocator
     """Where ``alloc`` gets its IOVAs; follows ``info().iova_ranges``."""
 
+    users: int
+    """How many groups are in it."""
+
     def __init__(self) -> None:
         self.iova_allocator = IovaAllocator(())
+        self.users = 0
         self._aside: list[int] = []
+        self._buffers: dict[int, weakref.ref[DmaBuffer]] = {}
 
     async def __aenter__(self) -> Self:
         await trio.lowlevel.checkpoint()
@@ -178,7 +184,7 @@ class Container(ABC):
             return buffer
         if iova is not None:
             owned = self.iova_allocator.reserve(iova, size)
-            await self._map_or_give_back(buffer, iova, owned, read, write)
+            await self._map_allocated(buffer, iova, owned, read, write)
             return buffer
         looked_aside = False
         while True:
@@ -191,7 +197,7 @@ class Container(ABC):
                 self._give_back_aside()
                 continue
             try:
-                await self._map_or_give_back(buffer, chosen, True, read, write)
+                await self._map_allocated(buffer, chosen, True, read, write)
             except VfioError as error:
                 if error.errno != errno.EEXIST:
                     raise
@@ -210,8 +216,14 @@ class Container(ABC):
         iova = buffer.iova
         if iova is None:
             raise VfioError(errno.EINVAL, "free", "the buffer is not mapped")
-        await self.unmap_dma(iova, -(-buffer.nbytes // 4096) * 4096)
+        size = buffer.nbytes_mapped
+        if not 0 <= size - buffer.nbytes < 4096:
+            raise VfioError(
+                errno.EINVAL, "free", "a view, not the whole buffer", iova=iova, length=buffer.nbytes
+            )
+        await self.unmap_dma(iova, size)
         buffer.iova = None
+        self._buffers.pop(iova, None)
         if self.iova_allocator.owns(iova):
             self.iova_allocator.free(iova)
 
@@ -220,7 +232,17 @@ class Container(ABC):
             self.iova_allocator.free(iova)
         self._aside.clear()
 
-    async def _map_or_give_back(
+    def _forget_iovas(self) -> None:
+        """Everything was unmapped at once."""
+        for reference in self._buffers.values():
+            buffer = reference()
+            if buffer is not None:
+                buffer.iova = None
+        self._buffers.clear()
+        self._aside.clear()
+        self.iova_allocator = IovaAllocator(self.iova_allocator.ranges)
+
+    async def _map_allocated(
         self, buffer: DmaBuffer, iova: int, owned: bool, read: bool, write: bool
     ) -> None:
         try:
@@ -229,3 +251,4 @@ class Container(ABC):
             if owned:
                 self.iova_allocator.free(iova)
             raise
+        self._buffers[iova] = weakref.ref(buffer)

@@ -1,0 +1,107 @@
+"""The emulated backend: VFIO over the guest kernel of a machine in this process.
+
+Only the machine's own DmaBuffers can be mapped; other memory is EFAULT. Register accesses, maps and unmaps
+never wait, so every ``_nowait`` twin works.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import trio
+
+from pvfio.vfio.backend import Backend
+from pvfio.vfio.ioctl import IoctlContainer, IoctlGroup
+
+if TYPE_CHECKING:
+    from pvfio.guest.kernel import GuestKernel
+    from pvfio.guest.vfio_container import ContainerFile
+    from pvfio.guest.vfio_group import GroupFile
+    from pvfio.vfio.ioctl import BufferSource
+
+__all__ = ["EmulatedVfio"]
+
+
+class _File:
+    """A container's or group's file: their closing never sleeps, nor do their requests but one."""
+
+    def __init__(self, file: ContainerFile | GroupFile) -> None:
+        self._file = file
+        self.fd = file.fd
+        self.ioctl = file.ioctl
+
+    async def ioctl_sleeping(self, request: int, arg: Any) -> int:
+        await trio.lowlevel.checkpoint()
+        return self.ioctl(request, arg)
+
+    async def close(self) -> None:
+        self._file.close()
+        await trio.lowlevel.checkpoint()
+
+
+class _GroupFile(_File):
+    def __init__(self, file: GroupFile) -> None:
+        super().__init__(file)
+        self._group = file
+
+    async def ioctl_sleeping(self, request: int, arg: Any) -> int:
+        return await self._group.ioctl_sleeping(request, arg)
+
+
+class EmulatedVfio(Backend):
+    """VFIO of one guest. Use as ``async with`` to close what is left open, or call ``close``.
+
+    ``kernel`` is the guest's, ``memory`` its RAM, where ``alloc`` takes its buffers from.
+    """
+
+    def __init__(self, kernel: GuestKernel, memory: BufferSource) -> None:
+        self.kernel = kernel
+        self.memory = memory
+        self._containers: list[IoctlContainer] = []
+        self._groups: list[IoctlGroup] = []
+
+    async def __aenter__(self) -> Self:
+        await trio.lowlevel.checkpoint()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def devices(self) -> dict[str, int]:
+        """The devices userspace can have: name -> number of its group."""
+        groups = self.kernel.vfio.groups
+        return {name: number for number, group in sorted(groups.items()) for name in group.devices}
+
+    def group_of(self, name: str) -> int:
+        group = self.kernel.device(name).iommu_group
+        return -1 if group is None else group.id
+
+    async def open_container(self) -> IoctlContainer:
+        await trio.lowlevel.checkpoint()
+        container = IoctlContainer(_File(self.kernel.vfio.open_container()), self.memory)
+        self._containers = [*(other for other in self._containers if not other.closed), container]
+        return container
+
+    async def open_group(self, group_id: int) -> IoctlGroup:
+        await trio.lowlevel.checkpoint()
+        file = _GroupFile(self.kernel.vfio.open_group(group_id))
+        group = IoctlGroup(group_id, file, self.kernel.vfio.device_file)
+        self._groups = [*(other for other in self._groups if not other.closed), group]
+        return group
+
+    async def close(self) -> None:
+        """Closes every device, group and container that is still open. Safe to call twice; finishes if
+        cancelled.
+        """
+        with trio.CancelScope(shield=True):
+            for group in reversed(self._groups):
+                await group.close()
+            for container in self._containers:
+                await container.close()
+        self._groups.clear()
+        self._containers.clear()
+        await trio.lowlevel.checkpoint_if_cancelled()
