@@ -146,10 +146,16 @@ class IommuGroup:
     def detach(self) -> None:
         """Moves a claimed group back to blocking; nothing where it is there.
 
-        Raises ``HypercallError`` where a device cannot be blocked; the devices are where they were then.
+        Raises ``VfioError`` EPERM for a group nobody claimed, and ``HypercallError`` where a device cannot be
+        blocked; the devices are where they were then.
         """
-        if self.domain is not self.iommu.blocking:
-            self._set_domain(self.iommu.blocking)
+        if self.owner is None:
+            raise VfioError(errno.EPERM, f"detach IOMMU group {self.id}", "not claimed")
+        blocking = self.iommu.blocking
+        # Asked of the devices: after a roll-back that failed, one is not where the group is.
+        if any(self.iommu.domain_of(device) is not blocking for device in self.devices):
+            self._set_domain(blocking)
+        self.domain = blocking
 
     def _set_domain(self, domain: Domain) -> None:
         """All devices or none; one that cannot go back is logged, and stays where its failure left it."""
