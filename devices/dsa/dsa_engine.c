@@ -247,6 +247,37 @@ void pv_dsa_abort(struct pv_dsa *dsa, const uint8_t *wqs)
         eventfd_write(dsa->watch_fd, 1);
 }
 
+/* With the engine paused: what stays moves up to the tail, so that submitters and marks see no difference. */
+static void forget_pasid(struct dsa_wq *wq, uint32_t pasid)
+{
+    dsa_lock(&wq->lock);
+    uint64_t head = atomic_load(&wq->head), to = atomic_load(&wq->tail);
+    for (uint64_t from = to; from > head; from--) {
+        uint64_t at = (from - 1) % wq->size;
+        if ((wq->ring[at].pasid_priv & DSA_DESC_PASID_MASK) == pasid)
+            continue;
+        to--;
+        wq->ring[to % wq->size] = wq->ring[at];
+        wq->portal[to % wq->size] = wq->portal[at];
+    }
+    atomic_store(&wq->head, to);
+    dsa_unlock(&wq->lock);
+}
+
+void pv_dsa_abort_pasid(struct pv_dsa *dsa, uint32_t pasid)
+{
+    pv_engine_pause(dsa->engine);
+    for (uint32_t i = 0; i < dsa->config.wqs; i++)
+        if (!dsa->wq[i].dedicated && dsa->wq[i].ring)
+            forget_pasid(&dsa->wq[i], pasid);
+    for (uint32_t i = 0; i < dsa->config.engines; i++) {
+        struct dsa_slot *slot = &dsa->slot[i];
+        if (!dsa->wq[slot->wq].dedicated && (slot->work.desc.pasid_priv & DSA_DESC_PASID_MASK) == pasid)
+            atomic_store(&slot->sequence, DSA_NO_SEQUENCE);
+    }
+    pv_engine_unpause(dsa->engine);
+}
+
 int pv_dsa_set_handle(struct pv_dsa *dsa, uint32_t handle, int vector)
 {
     if (handle >= dsa->config.handles)

@@ -75,6 +75,8 @@ int pv_dsa_watch_fd(struct pv_dsa *dsa);
  * cancels DMA before and allows it after; work of other WQs that this interrupts goes on at the next kick.
  */
 void pv_dsa_abort(struct pv_dsa *dsa, const uint8_t *wqs);
+/* The same for the descriptors in shared WQs that carry a PASID. */
+void pv_dsa_abort_pasid(struct pv_dsa *dsa, uint32_t pasid);
 
 /* vector < 0: the handle is invalid. */
 int pv_dsa_set_handle(struct pv_dsa *dsa, uint32_t handle, int vector);

@@ -1,0 +1,174 @@
+"""The DSA as a PCI function: BAR0 registers, BAR2 portals, the task that executes commands.
+
+Portals go straight to C; everything else is here. See dsa_engine.h for what the data path does not model. Beyond
+that: no PASID capability, no event log, never halts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any, Final
+
+import trio
+
+from pvfio.abi import ffi, lib
+from pvfio.devices.dsa.commands import Commands
+from pvfio.devices.dsa.config import DsaConfig
+from pvfio.devices.dsa.registers import Registers
+from pvfio.devices.pci import Bar, MsixLayout, PciFunction, PciIdentity
+from pvfio.silicon import BusMaster, Engine, EngineKind
+from pvfio.silicon.engine import KINDS
+
+__all__ = ["DsaDevice"]
+
+_REGISTERS: Final = lib.IDXD_MMIO_BAR
+_PORTALS: Final = lib.IDXD_WQ_BAR
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class DsaDevice(PciFunction):
+    """An Intel DSA, 8086:0b25.
+
+    ``engine``: ``"inline"`` runs descriptors in whoever submits them, ``"thread"`` in a thread of the device's own;
+    the attribute ``engine`` is its handle, for stop points. ``config``: capabilities. Commands are executed by
+    ``run``; without it CMDSTS stays active. Raises ``MemoryError``.
+    """
+
+    def __init__(
+        self,
+        bus: BusMaster,
+        *,
+        engine: EngineKind = "inline",
+        config: DsaConfig | None = None,
+        ats: bool = True,
+    ) -> None:
+        self.dsa_config = config = config or DsaConfig()
+        msix = MsixLayout(bar=_REGISTERS, offset=config.msix_offset, vectors=config.vectors)
+        super().__init__(
+            bus,
+            PciIdentity(
+                vendor=lib.DSA_PCI_VENDOR_ID,
+                device=lib.DSA_PCI_DEVICE_ID,
+                class_code=lib.DSA_PCI_CLASS,
+                subsystem_vendor=lib.DSA_PCI_VENDOR_ID,
+            ),
+            bars=(
+                Bar(index=_REGISTERS, size=_power_of_two(config.msix_offset + msix.size), prefetchable=True),
+                Bar(
+                    index=_PORTALS,
+                    size=_power_of_two(config.wqs * lib.IDXD_WQ_PORTAL_STRIDE),
+                    prefetchable=True,
+                ),
+            ),
+            msix=msix,
+            ats=ats,
+        )
+        assert self.msix is not None
+        path = _DataPath(config, bus.ptr, self.msix.ptr, KINDS[engine])
+        self._dsa = path.ptr
+        self._portals = path.portals()
+        self.engine = Engine(lib.pv_dsa_engine(self._dsa), path, engine)
+        self._value = ffi.new("uint64_t *")
+        self._registers = Registers(config, self._dsa, self._command, self._permissions)
+        self._commands = Commands(config, self._registers, self._dsa, self)
+        self._commands.release_all_handles()
+        self._send, self._receive = trio.open_memory_channel[int](1)
+        self._running: trio.CancelScope | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Executes commands until cancelled. A reset ends the command it finds, not the task."""
+        task_status.started()
+        async for value in self._receive:
+            with trio.CancelScope() as self._running:
+                error, result = await self._commands.execute(value)
+                self._registers.cmdsts = error | result << lib.IDXD_CMDSTS_RES_SHIFT
+                if value & lib.IDXD_CMD_INT_REQ:
+                    lib.pv_dsa_cause(self._dsa, lib.IDXD_INTC_CMD)
+            self._running = None
+
+    def _command(self, value: int) -> None:
+        """A store to CMD. While a command is active it is dropped (Intel DSA 1.2 9.2.12)."""
+        if not self._registers.cmdsts & lib.IDXD_CMDSTS_ACTIVE:
+            self._registers.cmdsts = lib.IDXD_CMDSTS_ACTIVE
+            self._send.send_nowait(value)
+
+    def _permissions(self, vector: int) -> None:
+        self._commands.update_handle(vector)
+
+    # Hooks of the PCI function.
+
+    def mmio_read(self, bar: int, offset: int, size: int) -> int:
+        """A register, or ones from a portal."""
+        if bar == _REGISTERS:
+            return self._registers.read(offset, size)
+        if lib.pv_mmio_load(self._portals, offset, size, self._value):
+            return (1 << 8 * size) - 1
+        return int(self._value[0])
+
+    def mmio_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """A register, or 8 bytes of a submission; a portal drops stores of other sizes."""
+        if bar == _REGISTERS:
+            self._registers.write(offset, size, value)
+        else:
+            lib.pv_mmio_store(self._portals, offset, size, value)
+
+    def mmio(self, bar: int) -> Any:
+        """The portals' path in C."""
+        return self._portals if bar == _PORTALS else None
+
+    def on_enable(self, memory: bool, master: bool) -> None:
+        """Portals answer only while memory decodes; work that waited for bus mastering goes on."""
+        lib.pv_dsa_decode(self._dsa, memory)
+        if master:
+            self.engine.kick()
+
+    def on_reset(self) -> None:
+        """Everything as after power-on; a command in progress is forgotten."""
+        if self._running is not None:
+            self._running.cancel()
+        with contextlib.suppress(trio.WouldBlock):
+            self._receive.receive_nowait()
+        self._commands.reset()
+        self._commands.release_all_handles()
+        self._registers.cmdsts = 0
+
+    def close(self) -> None:
+        """Ends DMA and the engine's work for good; portals answer as with memory decoding off."""
+        if not self._closed:
+            super().close()
+            lib.pv_dsa_decode(self._dsa, 0)
+            self.engine.pause()
+
+
+class _DataPath:
+    """The C side. It lives as long as anything that points into it: the device, its engine's handle, its portals."""
+
+    def __init__(self, config: DsaConfig, bus: Any, msix: Any, kind: int) -> None:
+        values = {
+            "wqs": config.wqs,
+            "groups": config.groups,
+            "engines": config.engines,
+            "handles": 2 * config.vectors,
+            "gencap": config.gencap,
+            "opcap": list(config.opcap),
+        }
+        self.ptr = lib.pv_dsa_create(ffi.new("struct pv_dsa_config *", values), bus, msix, kind)
+        if self.ptr == ffi.NULL:
+            raise MemoryError("no room for a DSA")
+        # Not a cffi destructor: in a reference cycle the bus could be gone before the thread that uses it.
+        weakref.finalize(self, _destroy, self.ptr, bus, msix)
+
+    def portals(self) -> Any:
+        """``struct pv_mmio *`` that keeps this alive."""
+        return ffi.gc(lib.pv_dsa_portals(self.ptr), self._let_go)
+
+    def _let_go(self, portals: Any) -> None:
+        pass
+
+
+def _destroy(dsa: Any, _bus: Any, _msix: Any) -> None:
+    lib.pv_dsa_destroy(dsa)
