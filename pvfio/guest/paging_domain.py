@@ -15,7 +15,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pvfio.errors import HypercallError, IommuError
+from pvfio.errors import IommuError
 from pvfio.pagetable import Format, PageTable, Perm
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class PagingDomain(Domain):
         )
         self.pgsize_bitmap = self.table.pgsize_bitmap
         self._flush_pages = iommu.transport.flush_pages
+        # What no flush has covered yet, after one that was refused altogether.
+        self._owed: tuple[int, int] | None = None
 
     @property
     def reserved_regions(self) -> tuple[ReservedRegion, ...]:
@@ -168,6 +170,7 @@ class PagingDomain(Domain):
     def flush_all(self) -> None:
         """Drops every cached translation. Raises ``HypercallError`` where the host refuses."""
         self.iommu.transport.flush_device_domain(self.id)
+        self._owed = None
         self.table.release_detached()
 
     def iova_to_phys(self, iova: int) -> int | None:
@@ -193,16 +196,15 @@ class PagingDomain(Domain):
         self.iommu.delete_domain(self.id)
 
     def _flush(self, start: int, last: int) -> None:
+        if self._owed is not None:
+            start, last = min(start, self._owed[0]), max(last, self._owed[1])
         refused, again = self._flush_pages(self.id, flush_entry(start, last))
         if refused is not None:
-            self._report(start, last, refused, again)
-            if again is not None:
-                # Nothing says the walk caches forgot the emptied table pages: they stay detached until a
-                # later flush of this domain succeeds, or the domain is freed.
-                return
-        self.table.release_detached()
-
-    def _report(self, start: int, last: int, refused: HypercallError, again: HypercallError | None) -> None:
-        _log.warning("domain %d: flush of %#x-%#x failed: %s", self.id, start, last, refused)
+            _log.warning("domain %d: flush of %#x-%#x failed: %s", self.id, start, last, refused)
         if again is not None:
             _log.warning("domain %d: flush of the whole domain failed: %s", self.id, again)
+            # The walk caches may still know the emptied table pages: they wait for a flush that covers this one.
+            self._owed = (start, last)
+            return
+        self._owed = None
+        self.table.release_detached()

@@ -261,16 +261,22 @@ def test_a_refused_flush_falls_back_to_the_domain(
 def test_two_refused_flushes_warn_twice_and_keep_the_table_pages(
     guest: Any, domain: PagingDomain, caplog: pytest.LogCaptureFixture
 ) -> None:
+    bus = guest.functions[0].bus
     root_only = guest.memory.stats().table_pages
     domain.map(0x10000, 0, PAGE)
+    bus.read(0x10000, 4)
     guest.hypervisor.inject(LIST, lib.HV_STATUS_INVALID_PARAMETER)
     guest.hypervisor.inject(FULL, lib.HV_STATUS_OPERATION_DENIED)
     assert domain.unmap(0x10000, PAGE) == PAGE
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "whole domain failed" in caplog.records[1].getMessage()
     assert guest.memory.stats().table_pages == root_only + 3
+    # The next flush covers what this one did not.
     domain.map(0x4000_0000, 0, PAGE)
+    bus.read(0x10000, 4)
     domain.unmap(0x4000_0000, PAGE)
+    with pytest.raises(DmaAborted):
+        bus.read(0x10000, 4)
     assert guest.memory.stats().table_pages == root_only
 
 
