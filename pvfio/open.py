@@ -1,0 +1,62 @@
+"""``open_device``: one line from a URI to an open device, whatever is behind it.
+
+``emu:KIND`` starts an embedded machine with one such device and takes it down again. A backend is imported when a URI
+names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
+
+if TYPE_CHECKING:
+    from pvfio.machine import MachineConfig
+    from pvfio.vfio import Device
+
+__all__ = ["open_device"]
+
+_EMU_KEYS = ("engine", "platform", "ram")
+
+
+def _emulated(kind: str, query: str) -> MachineConfig:
+    from pvfio.host.config import IommuConfig
+    from pvfio.machine import DeviceSpec, MachineConfig
+
+    options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
+    for key in options:
+        if key not in _EMU_KEYS:
+            raise ValueError(f"emu: takes {', '.join(_EMU_KEYS)}, not {key!r}")
+    platform = options.get("platform", "intel")
+    if platform not in ("intel", "amd"):
+        raise ValueError(f"platform is intel or amd, not {platform!r}")
+    engine = options.get("engine", "thread")
+    if engine not in ("inline", "thread"):
+        raise ValueError(f"engine is inline or thread, not {engine!r}")
+    return MachineConfig(
+        iommu=IommuConfig(platform="amd" if platform == "amd" else "intel"),
+        engine="inline" if engine == "inline" else "thread",
+        ram=int(options.get("ram", 512)) << 20,
+        devices=(DeviceSpec(kind=kind),),
+    )
+
+
+@asynccontextmanager
+async def open_device(uri: str) -> AsyncIterator[Device]:
+    """Opens the device a URI names: ``async with pvfio.open_device("emu:dsa") as device``.
+
+    ``emu:KIND[?platform=intel|amd&engine=thread|inline&ram=MiB]``: an embedded machine with one device of
+    that kind, in a container of its own (``device.container``). Leaving closes the device, which resets it,
+    and the machine. Raises ``ValueError`` for a URI that names nothing, and ``VfioError`` as opening does.
+    Cancelled: everything is closed.
+    """
+    scheme, _, rest = uri.partition(":")
+    kind, _, query = rest.partition("?")
+    if scheme != "emu" or not kind:
+        raise ValueError(f"not a device URI: {uri!r} (emu:KIND)")
+    from pvfio.machine import Machine
+
+    config = _emulated(kind, query)
+    async with Machine(config) as machine, machine.open(f"{kind}0") as device:
+        yield device
