@@ -42,13 +42,13 @@ _UNMAP_DIRTY: int = lib.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
 _TOP = (1 << 64) - 1
 _SPACE = 1 << 64
 _RUNS = 64
-_FOUND = 64
 
 _pin = lib.pv_memory_pin
 _unpin = lib.pv_memory_unpin
 _runs = lib.pv_memory_runs
 _insert = lib.pv_mappings_insert
 _remove = lib.pv_mappings_remove
+_NULL = ffi.NULL
 _range = lib.pv_mappings_range
 
 
@@ -70,10 +70,6 @@ class LockedMemory:
 
     limit: int | None = None
     locked: int = 0
-
-    def has_room(self, size: int) -> bool:
-        """Whether ``size`` more bytes may be pinned."""
-        return self.limit is None or self.locked + size <= self.limit
 
 
 class Type1:
@@ -111,7 +107,9 @@ class Type1:
         self._refresh()
         self._unflushed = False
         self._run_buffer: Any = ffi.new("struct pv_run[]", _RUNS)
-        self._found: Any = ffi.new("struct pv_mapping[]", _FOUND)
+        self._first_run = self._run_buffer[0]
+        self._found: Any = ffi.new("struct pv_mapping[2]")
+        self._first_found = self._found[0]
 
     def ioctl(self, request: int, arg: Any) -> int:
         """A request of <linux/vfio.h> on the container, for the IOMMU.
@@ -148,7 +146,7 @@ class Type1:
         if extent < 0:
             raise self._late_refusal(errno.EFAULT, "vaddr is not pinnable memory", iova, size)
         account = self.account
-        if not account.has_room(size):
+        if account.limit is not None and account.locked + size > account.limit:
             _unpin(self._memory_ptr, extent)
             raise self._late_refusal(errno.ENOMEM, "RLIMIT_MEMLOCK exceeded", iova, size)
         error = _insert(self._index_ptr, iova, size, vaddr, flags, extent)
@@ -159,7 +157,7 @@ class Type1:
         account.locked += size
         try:
             if _runs(self._memory_ptr, vaddr, size, self._run_buffer, 1) == 1:
-                gpa = self._run_buffer[0].gpa
+                gpa = self._first_run.gpa
                 for domain in self._domains:
                     domain.map(iova, gpa, size, flags)
             else:
@@ -184,21 +182,21 @@ class Type1:
         """
         if not flags and self.v2 and not self._unflushed:
             # The usual case, one mapping exactly; everything else takes the long way.
-            found = self._found
+            found = self._first_found
             if (
                 not (iova | size) & self._page_mask
                 and 0 <= iova
                 and 0 < size <= _SPACE - iova
-                and _range(self._index_ptr, iova, iova + size - 1, found, 2) == 1
-                and found[0].iova == iova
-                and found[0].size == size
+                and _range(self._index_ptr, iova, iova + size - 1, self._found, 2) == 1
+                and found.iova == iova
+                and found.size == size
             ):
-                extent = found[0].cookie
+                extent = found.cookie
                 self._unflushed = True
                 for domain in self._domains:
                     domain.unmap(iova, size)
                 self._unflushed = False
-                _remove(self._index_ptr, iova, ffi.NULL)
+                _remove(self._index_ptr, iova, _NULL)
                 _unpin(self._memory_ptr, extent)
                 self.account.locked -= size
                 self.dma_avail += 1
@@ -394,7 +392,7 @@ class Type1:
             domain.unmap_ranges(ranges)
         self._unflushed = False
         for iova, size, extent in mappings:
-            _remove(self._index_ptr, iova, ffi.NULL)
+            _remove(self._index_ptr, iova, _NULL)
             _unpin(self._memory_ptr, extent)
             self.account.locked -= size
         self.dma_avail += len(mappings)

@@ -29,9 +29,11 @@ RESERVED = range(0xFEE0_0000, 0xFEF0_0000)
 class Type1AgainstDict(RuleBasedStateMachine):
     """The model: iova -> (size, vaddr). Pages are counted; each buffer's pages hold different numbers."""
 
-    def __init__(self, make: Callable[..., Any]) -> None:
+    make: Callable[..., Any]
+
+    def __init__(self) -> None:
         super().__init__()
-        self.machine = make(ram=16 << 20)
+        self.machine = self.make(ram=16 << 20)
         self.empty = self.machine.held()
         self.type1: Type1 = self.machine.type1(entries=ENTRIES, memlock=MEMLOCK)
         memory = self.machine.memory
@@ -140,15 +142,13 @@ class Type1AgainstDict(RuleBasedStateMachine):
             if group.owner is not None:
                 group.release_dma_owner()
         assert self.machine.held() == self.empty
+        self.machine.close()
 
 
 def test_type1_against_a_dictionary(make_type1_machine: Callable[..., Any]) -> None:
-    made: list[Any] = []
+    class Bound(Type1AgainstDict):
+        make = staticmethod(make_type1_machine)
 
-    def make() -> Type1AgainstDict:
-        while made:
-            made.pop().machine.close()
-        made.append(Type1AgainstDict(make_type1_machine))
-        return made[0]
-
-    run_state_machine_as_test(make, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(
+        Bound, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)
+    )
