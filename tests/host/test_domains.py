@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvfio.abi import lib
-from pvfio.host import IommuConfig
+from pvfio.host import IommuConfig, Platform
 from pvfio.pagetable import Perm
 from pvfio.silicon import DmaAborted
 
@@ -25,9 +25,10 @@ RW = Perm.READ | Perm.WRITE
 def reads(guest: Any, function: int, iova: int = IOVA) -> bytes | None:
     """What a device's DMA read finds, None when it is aborted."""
     try:
-        return guest.devices[function].bus.read(iova, 4)
+        data: bytes = guest.devices[function].bus.read(iova, 4)
     except DmaAborted:
         return None
+    return data
 
 
 def put(guest: Any, gpa: int, data: bytes) -> None:
@@ -53,7 +54,7 @@ def test_blocked_blocks(guest: Any) -> None:
 
 
 @pytest.mark.parametrize("platform", ["intel", "amd"])
-def test_paging_reads_through_both_stages(make_guest: Callable[..., Any], platform: str) -> None:
+def test_paging_reads_through_both_stages(make_guest: Callable[..., Any], platform: Platform) -> None:
     guest = make_guest(IommuConfig(platform=platform))
     _, _, gpa = guest.mapped(1, 0)
     put(guest, gpa, b"page")

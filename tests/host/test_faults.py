@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from pvfio.abi import lib
-from pvfio.host import Fault, IommuConfig
+from pvfio.host import Fault, IommuConfig, Platform
 from pvfio.pagetable import Perm
 from pvfio.silicon import DmaAborted
 
@@ -70,7 +70,7 @@ def test_blocked(guest: Any) -> None:
 
 
 @pytest.mark.parametrize("platform", ["intel", "amd"])
-def test_stage_2(make_guest: Callable[..., Any], platform: str) -> None:
+def test_stage_2(make_guest: Callable[..., Any], platform: Platform) -> None:
     guest = make_guest(IommuConfig(platform=platform))
     _, table, _ = guest.mapped(1, 0)
     outside = lib.PV_GPA_HOLE_START

@@ -4,7 +4,7 @@ belongs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,11 +59,11 @@ class Watched:
 
 
 @pytest.fixture
-def watched(make_guest: Callable[..., Any]) -> Iterator[Watched]:
+def watched(make_guest: Callable[..., Any]) -> Watched:
     guest = make_guest(ram=2 << 20, functions=2)
     guest.attach(guest.make(1, flags=0), 0)
     guest.make(2, flags=lib.HV_DOMAIN_TRANSLATION_ENABLED, root=guest.memory.guest_page())
-    yield Watched(guest)
+    return Watched(guest)
 
 
 def check(result: int) -> None:

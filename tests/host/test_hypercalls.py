@@ -79,7 +79,7 @@ def valid(g: Any, name: str) -> dict[str, Any]:
 
 
 def reps(result: int) -> int:
-    return result >> lib.HV_HYPERCALL_REP_COMP_SHIFT
+    return int(result >> lib.HV_HYPERCALL_REP_COMP_SHIFT)
 
 
 def status(result: int) -> str:
