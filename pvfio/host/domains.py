@@ -24,9 +24,6 @@ _INVALID_DEVICE_ID: Final[int] = lib.HV_STATUS_INVALID_DEVICE_ID
 _OPERATION_DENIED: Final[int] = lib.HV_STATUS_OPERATION_DENIED
 _TYPE_S1: Final[int] = lib.HV_DEVICE_DOMAIN_TYPE_S1
 _ID_SHIFT: Final[int] = lib.HV_DEVICE_DOMAIN_ID_SHIFT
-_SHIFT_MASK: Final[int] = lib.HV_FLUSH_ENTRY_SHIFT_MASK
-_SHIFT_MAX: Final[int] = lib.HV_FLUSH_ENTRY_SHIFT_MAX
-_PAGE_SHIFT: Final[int] = lib.HV_FLUSH_ENTRY_PAGE_SHIFT
 
 
 class HostDevice:
@@ -202,11 +199,3 @@ class DeviceDomains:
         domain.silicon.destroy()
         del self._domains[key]
         return _SUCCESS
-
-    def flush_entry(self, domain: HostDomain, entry: int) -> bool:
-        """One entry of a flush list; False where its shift is too large."""
-        shift = entry & _SHIFT_MASK
-        if shift > _SHIFT_MAX:
-            return False
-        domain.silicon.invalidate_pages(entry >> _PAGE_SHIFT, shift)
-        return True

@@ -34,16 +34,22 @@ _REP_FIELD: Final[int] = lib.HV_HYPERCALL_REP_FIELD_MASK
 _REP_COMP_SHIFT: Final[int] = lib.HV_HYPERCALL_REP_COMP_SHIFT
 _REP_FIELDS: Final[int] = lib.HV_HYPERCALL_REP_COUNT_MASK | lib.HV_HYPERCALL_REP_START_MASK
 _CODE_MASK: Final[int] = lib.HV_HYPERCALL_CODE_MASK
+_IOMMU_FORMAT: Final[int] = lib.HV_FLUSH_LIST_IOMMU_FORMAT
+_SHIFT_MASK: Final[int] = lib.HV_FLUSH_ENTRY_SHIFT_MASK
+_SHIFT_MAX: Final[int] = lib.HV_FLUSH_ENTRY_SHIFT_MAX
+_PAGE_SHIFT: Final[int] = lib.HV_FLUSH_ENTRY_PAGE_SHIFT
 _LIST_HEADER: Final[int] = ffi.sizeof("struct hv_input_flush_device_domain_list")
 
 
 class _Call:
-    """A simple call: how much it reads and writes, and who does it."""
+    """A call of fixed size: how much it reads and writes, and who does it."""
 
     __slots__ = ("handler", "input_size", "output", "output_size")
 
-    def __init__(self, input_type: str, handler: Callable[[], int], output: Any = None) -> None:
-        self.input_size: int = ffi.sizeof(f"struct {input_type}")
+    def __init__(
+        self, input_type: str, handler: Callable[[], int], output: Any = None, *, entries: int = 0
+    ) -> None:
+        self.input_size: int = ffi.sizeof(f"struct hv_input_{input_type}") + 8 * entries
         self.handler = handler
         self.output = output
         self.output_size: int = ffi.sizeof(output[0]) if output is not None else 0
@@ -75,7 +81,7 @@ class Hypercalls:
         self._injections: dict[int, list[_Injection]] = {}
         self._memmove = ffi.memmove
         self._lay_out_scratch()
-        self._simple = self._calls() if config.present else {}
+        self._fixed = self._calls() if config.present else {}
         self._rep_code = int(lib.HVCALL_FLUSH_DEVICE_DOMAIN_LIST) if config.present else -1
 
     def _lay_out_scratch(self) -> None:
@@ -101,19 +107,22 @@ class Hypercalls:
         self._out_property = ffi.new("struct hv_output_get_logical_device_property *")
 
     def _calls(self) -> dict[int, _Call]:
-        """By control word: a simple call's control word is its code and nothing else."""
+        """By whole control word: a simple call's is its code and nothing else. Also the list of one entry."""
         return {
-            lib.HVCALL_CREATE_DEVICE_DOMAIN: _Call("hv_input_create_device_domain", self._create),
-            lib.HVCALL_ATTACH_DEVICE_DOMAIN: _Call("hv_input_attach_device_domain", self._attach),
-            lib.HVCALL_DETACH_DEVICE_DOMAIN: _Call("hv_input_detach_device_domain", self._detach),
-            lib.HVCALL_DELETE_DEVICE_DOMAIN: _Call("hv_input_delete_device_domain", self._delete),
-            lib.HVCALL_CONFIGURE_DEVICE_DOMAIN: _Call("hv_input_configure_device_domain", self._configure),
-            lib.HVCALL_FLUSH_DEVICE_DOMAIN: _Call("hv_input_flush_device_domain", self._flush),
+            lib.HVCALL_CREATE_DEVICE_DOMAIN: _Call("create_device_domain", self._create),
+            lib.HVCALL_ATTACH_DEVICE_DOMAIN: _Call("attach_device_domain", self._attach),
+            lib.HVCALL_DETACH_DEVICE_DOMAIN: _Call("detach_device_domain", self._detach),
+            lib.HVCALL_DELETE_DEVICE_DOMAIN: _Call("delete_device_domain", self._delete),
+            lib.HVCALL_CONFIGURE_DEVICE_DOMAIN: _Call("configure_device_domain", self._configure),
+            lib.HVCALL_FLUSH_DEVICE_DOMAIN: _Call("flush_device_domain", self._flush),
+            lib.HVCALL_FLUSH_DEVICE_DOMAIN_LIST | 1 << _REP_COUNT_SHIFT: _Call(
+                "flush_device_domain_list", self._flush_one, entries=1
+            ),
             lib.HVCALL_GET_IOMMU_CAPABILITIES: _Call(
-                "hv_input_get_iommu_capabilities", self._capabilities, self._out_capabilities
+                "get_iommu_capabilities", self._capabilities, self._out_capabilities
             ),
             lib.HVCALL_GET_LOGICAL_DEVICE_PROPERTY: _Call(
-                "hv_input_get_logical_device_property", self._property, self._out_property
+                "get_logical_device_property", self._property, self._out_property
             ),
         }
 
@@ -125,7 +134,7 @@ class Hypercalls:
         """
         if self._injections and (control & _CODE_MASK) in self._injections:
             return self._injected(control, input_gpa)
-        call = self._simple.get(control)
+        call = self._fixed.get(control)
         if call is None:
             return self._other(vp, control, input_gpa)
         if not 0 <= vp < self._vps:
@@ -162,13 +171,13 @@ class Hypercalls:
         return None
 
     def _other(self, vp: int, control: int, input_gpa: int) -> int:
-        """The rep call, and every control word that is wrong."""
+        """The rep call in general, and every control word that is wrong."""
         if not 0 <= vp < self._vps:
             return int(lib.HV_STATUS_INVALID_VP_INDEX)
         code = control & _CODE_MASK
         if code == self._rep_code:
             return self._flush_list(control, input_gpa, _REP_FIELD)
-        return _INVALID_INPUT if code in self._simple else _INVALID_CODE
+        return _INVALID_INPUT if code in self._fixed else _INVALID_CODE
 
     def inject(self, call_code: int, status: int, times: int = 1, *, completed: int = 0) -> None:
         """Lets the next ``times`` calls with that code answer ``status`` whatever they ask, and do nothing.
@@ -202,27 +211,23 @@ class Hypercalls:
 
     # The calls. Each looks only at the scratch page.
 
-    def _create(self) -> int:
+    def _bad_head(self) -> int:
+        """What is wrong with partition and VTL, 0 where nothing is."""
         if self._head.partition_id not in self._partitions:
             return _INVALID_PARTITION
-        if self._scratch[self._vtl_index]:
-            return _INVALID_PARAMETER
-        return self._domains.create(self._head.domain_id, self._in_create.flags)
+        return _INVALID_PARAMETER if self._scratch[self._vtl_index] else _SUCCESS
+
+    def _create(self) -> int:
+        return self._bad_head() or self._domains.create(self._head.domain_id, self._in_create.flags)
 
     def _configure(self) -> int:
-        if self._head.partition_id not in self._partitions:
-            return _INVALID_PARTITION
-        if self._scratch[self._vtl_index]:
-            return _INVALID_PARAMETER
         call = self._in_configure
-        return self._domains.configure(self._head.domain_id, call.flags, call.page_table_root)
+        return self._bad_head() or self._domains.configure(
+            self._head.domain_id, call.flags, call.page_table_root
+        )
 
     def _attach(self) -> int:
-        if self._head.partition_id not in self._partitions:
-            return _INVALID_PARTITION
-        if self._scratch[self._vtl_index]:
-            return _INVALID_PARAMETER
-        return self._domains.attach(self._head.domain_id, self._in_attach.device_id)
+        return self._bad_head() or self._domains.attach(self._head.domain_id, self._in_attach.device_id)
 
     def _detach(self) -> int:
         call = self._in_detach
@@ -231,11 +236,7 @@ class Hypercalls:
         return self._domains.detach(call.device_id)
 
     def _delete(self) -> int:
-        if self._head.partition_id not in self._partitions:
-            return _INVALID_PARTITION
-        if self._scratch[self._vtl_index]:
-            return _INVALID_PARAMETER
-        return self._domains.delete(self._head.domain_id)
+        return self._bad_head() or self._domains.delete(self._head.domain_id)
 
     def _flush(self) -> int:
         head = self._head
@@ -260,21 +261,27 @@ class Hypercalls:
         if offset & 7 or offset + size > _PAGE or page is None:
             return _INVALID_ALIGNMENT
         self._memmove(self._scratch, page + offset, size)
-        done = start << _REP_COMP_SHIFT
+        return self._flush_entries(start, min(count, start + limit))
+
+    def _flush_one(self) -> int:
+        """A list of one entry, which is what every unmap sends."""
+        return self._flush_entries(0, 1)
+
+    def _flush_entries(self, start: int, end: int) -> int:
         head = self._head
         if head.partition_id not in self._partitions:
-            return _INVALID_PARTITION | done
+            return _INVALID_PARTITION | start << _REP_COMP_SHIFT
         domain = self._find(head.domain_id)
         call = self._in_list
-        if domain is None or self._scratch[self._vtl_index] or call.reserved:
-            return _INVALID_PARAMETER | done
-        if call.flags != lib.HV_FLUSH_LIST_IOMMU_FORMAT:
-            return _INVALID_PARAMETER | done
-        entries, flush_entry = self._entries, self._domains.flush_entry
-        end = min(count, start + limit)
+        if domain is None or self._scratch[self._vtl_index] or call.reserved or call.flags != _IOMMU_FORMAT:
+            return _INVALID_PARAMETER | start << _REP_COMP_SHIFT
+        entries, invalidate_pages = self._entries, domain.silicon.invalidate_pages
         for index in range(start, end):
-            if not flush_entry(domain, entries[index]):
+            entry = entries[index]
+            shift = entry & _SHIFT_MASK
+            if shift > _SHIFT_MAX:
                 return _INVALID_PARAMETER | index << _REP_COMP_SHIFT
+            invalidate_pages(entry >> _PAGE_SHIFT, shift)
         return end << _REP_COMP_SHIFT
 
     def _capabilities(self) -> int:

@@ -250,6 +250,13 @@ def test_fields(scene: Any, name: str, fields: dict[str, Any], result: int) -> N
     assert scene.call(name, **{**valid(scene, name), **fields}) == result
 
 
+def test_root_at_the_end_of_memory(scene: Any) -> None:
+    fields = {"domain_id": scene.domain(2), "flags": TRANSLATE}
+    for start, size in scene.memory.ram_ranges():
+        for root, result in ((start, S_OK), (start + size - 4096, S_OK), (start + size, PARAM)):
+            assert scene.call("configure_device_domain", page_table_root=root, **fields) == result
+
+
 def test_attach_again(scene: Any) -> None:
     again = {"domain_id": scene.domain(3), "device_id": scene.device_id(1)}
     assert scene.call("attach_device_domain", **again) == lib.HV_STATUS_DEVICE_ALREADY_IN_DOMAIN
