@@ -8,7 +8,7 @@ business and are left zero.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -17,9 +17,8 @@ from pvfio.abi import dtype_of, lib
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from pvfio.vfio import DmaBuffer
-
 __all__ = [
+    "Address",
     "address_of",
     "compare",
     "copy_crc",
@@ -27,10 +26,15 @@ __all__ = [
     "drain",
     "empty",
     "fill",
+    "join",
     "memmove",
     "noop",
     "pattern_of",
+    "words_of",
 ]
+
+Address: TypeAlias = "int | np.ndarray[Any, Any]"
+"""An IOVA, or a mapped DMA buffer or a contiguous part of one (its first byte)."""
 
 
 def empty(count: int) -> NDArray[Any]:
@@ -38,14 +42,33 @@ def empty(count: int) -> NDArray[Any]:
     return np.zeros(count, dtype=dtype_of("struct dsa_hw_desc"))
 
 
-def address_of(where: int | DmaBuffer, size: int = 0) -> int:
+def join(*arrays: NDArray[Any]) -> NDArray[Any]:
+    """Descriptor arrays one after the other (``np.concatenate`` would lay the structure out anew)."""
+    out = empty(sum(len(array) for array in arrays))
+    start = 0
+    for array in arrays:
+        words_of(out)[start : start + len(array)] = words_of(array)
+        start += len(array)
+    return out
+
+
+def words_of(array: NDArray[Any]) -> NDArray[np.uint64]:
+    """A structure array as words, one row each: numpy copies words many times faster than structures.
+
+    A view where the array is contiguous, else of a copy.
+    """
+    rows: NDArray[np.uint64] = np.ascontiguousarray(array).view(np.uint64)
+    return rows.reshape(len(array), array.dtype.itemsize // 8)
+
+
+def address_of(where: Address, size: int = 0) -> int:
     """The IOVA of ``where``: itself, or a mapped buffer's first byte.
 
     ``ValueError`` for a buffer that is not mapped, not contiguous, or shorter than ``size`` bytes.
     """
     if not isinstance(where, np.ndarray):
         return int(where)
-    iova = where.iova
+    iova = getattr(where, "iova", None)
     if iova is None:
         raise ValueError("the buffer has no IOVA: map it first (and give a contiguous part of it)")
     if not where.flags.c_contiguous:

@@ -22,7 +22,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.dsa.batch import Batch
-from pvfio.drivers.dsa.descriptors import address_of, pattern_of
+from pvfio.drivers.dsa.descriptors import Address, address_of, join, pattern_of, words_of
 from pvfio.drivers.dsa.errors import BatchError, DsaError
 from pvfio.drivers.dsa.ring import Submission
 from pvfio.drivers.dsa.workqueue import SubmissionQueue
@@ -30,8 +30,6 @@ from pvfio.errors import DeviceFailed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from pvfio.vfio import DmaBuffer
 
 __all__ = ["WorkQueue"]
 
@@ -87,7 +85,7 @@ class WorkQueue(SubmissionQueue):
             submission = self._start(operation, flags)
         except trio.WouldBlock:
             self._fill(operation, flags)
-            one = self._first.copy()
+            one = join(self._first)
             submission = await self.submit(
                 one, keep=operation.keep, deadline=deadline, operation=operation.name
             )
@@ -118,15 +116,15 @@ class WorkQueue(SubmissionQueue):
         """DRAIN: completes when every descriptor submitted to this WQ before it has completed."""
         await self._done(_Operation("drain", lib.DSA_OPCODE_DRAIN, {}), flags, deadline)
 
-    def _memmove(self, dst: int | DmaBuffer, src: int | DmaBuffer, size: int) -> _Operation:
+    def _memmove(self, dst: Address, src: Address, size: int) -> _Operation:
         self._size(size)
         fields = {"src_addr": address_of(src, size), "dst_addr": address_of(dst, size), "xfer_size": size}
         return _Operation("memmove", lib.DSA_OPCODE_MEMMOVE, fields, (dst, src))
 
     async def memmove(
         self,
-        dst: int | DmaBuffer,
-        src: int | DmaBuffer,
+        dst: Address,
+        src: Address,
         size: int,
         *,
         flags: int = 0,
@@ -135,13 +133,11 @@ class WorkQueue(SubmissionQueue):
         """MEMMOVE: copies ``size`` bytes; the ranges may overlap."""
         await self._done(self._memmove(dst, src, size), flags, deadline)
 
-    def memmove_nowait(
-        self, dst: int | DmaBuffer, src: int | DmaBuffer, size: int, *, flags: int = 0
-    ) -> Submission:
+    def memmove_nowait(self, dst: Address, src: Address, size: int, *, flags: int = 0) -> Submission:
         """Submits a MEMMOVE."""
         return self._start(self._memmove(dst, src, size), flags)
 
-    def _memfill(self, dst: int | DmaBuffer, pattern: int | bytes, size: int) -> _Operation:
+    def _memfill(self, dst: Address, pattern: int | bytes, size: int) -> _Operation:
         fields = {
             "pattern": pattern_of(pattern),
             "dst_addr": address_of(dst, size),
@@ -151,7 +147,7 @@ class WorkQueue(SubmissionQueue):
 
     async def fill(
         self,
-        dst: int | DmaBuffer,
+        dst: Address,
         pattern: int | bytes,
         size: int,
         *,
@@ -161,13 +157,11 @@ class WorkQueue(SubmissionQueue):
         """FILL: repeats an 8-byte pattern over ``size`` bytes; the last repetition may be cut."""
         await self._done(self._memfill(dst, pattern, size), flags, deadline)
 
-    def fill_nowait(
-        self, dst: int | DmaBuffer, pattern: int | bytes, size: int, *, flags: int = 0
-    ) -> Submission:
+    def fill_nowait(self, dst: Address, pattern: int | bytes, size: int, *, flags: int = 0) -> Submission:
         """Submits a FILL."""
         return self._start(self._memfill(dst, pattern, size), flags)
 
-    def _compare(self, first: int | DmaBuffer, second: int | DmaBuffer, size: int) -> _Operation:
+    def _compare(self, first: Address, second: Address, size: int) -> _Operation:
         self._size(size)
         fields = {
             "src_addr": address_of(first, size),
@@ -178,8 +172,8 @@ class WorkQueue(SubmissionQueue):
 
     async def compare(
         self,
-        first: int | DmaBuffer,
-        second: int | DmaBuffer,
+        first: Address,
+        second: Address,
         size: int,
         *,
         flags: int = 0,
@@ -189,19 +183,17 @@ class WorkQueue(SubmissionQueue):
         record = await self._done(self._compare(first, second, size), flags, deadline)
         return int(record["bytes_completed"]) if record["result"] else None
 
-    def compare_nowait(
-        self, first: int | DmaBuffer, second: int | DmaBuffer, size: int, *, flags: int = 0
-    ) -> Submission:
+    def compare_nowait(self, first: Address, second: Address, size: int, *, flags: int = 0) -> Submission:
         """Submits a COMPARE."""
         return self._start(self._compare(first, second, size), flags)
 
-    def _crcgen(self, src: int | DmaBuffer, size: int, seed: int) -> _Operation:
+    def _crcgen(self, src: Address, size: int, seed: int) -> _Operation:
         fields = {"src_addr": address_of(src, size), "xfer_size": self._size(size), "crc_seed": seed}
         return _Operation("crcgen", lib.DSA_OPCODE_CRCGEN, fields, (src,))
 
     async def crcgen(
         self,
-        src: int | DmaBuffer,
+        src: Address,
         size: int,
         *,
         seed: int = 0,
@@ -212,19 +204,19 @@ class WorkQueue(SubmissionQueue):
         record = await self._done(self._crcgen(src, size, seed), flags, deadline)
         return int(record["crc_val"]) & 0xFFFFFFFF
 
-    def crcgen_nowait(self, src: int | DmaBuffer, size: int, *, seed: int = 0, flags: int = 0) -> Submission:
+    def crcgen_nowait(self, src: Address, size: int, *, seed: int = 0, flags: int = 0) -> Submission:
         """Submits a CRCGEN; the CRC is the record's ``crc_val``."""
         return self._start(self._crcgen(src, size, seed), flags)
 
-    def _copy_crc(self, dst: int | DmaBuffer, src: int | DmaBuffer, size: int, seed: int) -> _Operation:
+    def _copy_crc(self, dst: Address, src: Address, size: int, seed: int) -> _Operation:
         operation = self._memmove(dst, src, size)
         fields = operation.fields | {"crc_seed": seed}
         return _Operation("copy_crc", lib.DSA_OPCODE_COPY_CRC, fields, operation.keep)
 
     async def copy_crc(
         self,
-        dst: int | DmaBuffer,
-        src: int | DmaBuffer,
+        dst: Address,
+        src: Address,
         size: int,
         *,
         seed: int = 0,
@@ -238,7 +230,7 @@ class WorkQueue(SubmissionQueue):
         return int(record["crc_val"]) & 0xFFFFFFFF
 
     def copy_crc_nowait(
-        self, dst: int | DmaBuffer, src: int | DmaBuffer, size: int, *, seed: int = 0, flags: int = 0
+        self, dst: Address, src: Address, size: int, *, seed: int = 0, flags: int = 0
     ) -> Submission:
         """Submits a COPY_CRC; the CRC is the record's ``crc_val``."""
         return self._start(self._copy_crc(dst, src, size, seed), flags)
@@ -293,7 +285,7 @@ class WorkQueue(SubmissionQueue):
             raise ValueError(f"a batch has 2 to {self.max_batch} descriptors, not {number}")
         batch = await self.driver._borrow_batch(number)
         try:
-            batch.descriptors[:number] = descriptors[:number]
+            words_of(batch.descriptors)[:number] = words_of(descriptors[:number])
             return await self._run_batch(batch, number, records, keep, deadline)
         finally:
             self.driver._return_batch(batch)
@@ -303,7 +295,7 @@ class WorkQueue(SubmissionQueue):
     ) -> NDArray[Any]:
         number = batch.capacity if count is None else count
         record = await self._run(self._batch(batch, number, records, keep), 0, deadline)
-        members = batch.records[:number].copy()
+        members = words_of(batch.records[:number]).copy().view(batch.records.dtype)[:, 0]
         if record["status"] != lib.DSA_COMP_SUCCESS:
             statuses = members["status"]
             bad = (statuses != lib.DSA_COMP_SUCCESS) & (statuses != lib.DSA_COMP_NONE)

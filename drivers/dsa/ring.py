@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "RecordRing", "Submission"]
 
+_RECORD = dtype_of("struct dsa_completion_record")
+_RECORD_WORDS = _RECORD.itemsize // 8
+
 
 class Submission:
     """Descriptors that were submitted together.
@@ -32,17 +35,24 @@ class Submission:
     abort or a reset, which ``aborted`` (the reason, or ``None``) says for the whole.
     """
 
-    __slots__ = ("aborted", "count", "keep", "operation", "pending", "records", "submitted", "wq")
+    __slots__ = ("aborted", "count", "keep", "operation", "pending", "submitted", "words", "wq")
 
     def __init__(self, wq: SubmissionQueue, operation: str, count: int, keep: tuple[Any, ...]) -> None:
         self.wq = wq
         self.operation = operation
         self.count = count
-        self.records: NDArray[Any] = np.zeros(count, dtype=dtype_of("struct dsa_completion_record"))
+        # Copied as plain words: numpy copies structures field by field, which is tens of times slower.
+        self.words = np.zeros((count, _RECORD_WORDS), dtype=np.uint64)
         self.submitted = 0
         self.pending: deque[Piece] = deque()
         self.aborted: str | None = None
         self.keep = keep  # the buffers the device may touch: they are not recycled before it is done
+
+    @property
+    def records(self) -> NDArray[Any]:
+        """The completion records as they are known now, in the order of the descriptors."""
+        records: NDArray[Any] = self.words.view(_RECORD)[:, 0]
+        return records
 
     @property
     def done(self) -> bool:
@@ -53,7 +63,7 @@ class Submission:
         """The device took only the first ``count`` descriptors; the submission is of those."""
         if count < self.count:
             self.count = count
-            self.records = self.records[:count]
+            self.words = self.words[:count]
 
     def poll(self) -> bool:
         """Looks at the records; true when all of them are complete. Never waits."""
@@ -94,8 +104,8 @@ class RecordRing:
         self.iova = buffer.iova
         size = capacity * int(lib.DSA_COMPLETION_SIZE)
         plain = np.asarray(buffer[:size])
-        self.records: NDArray[Any] = plain.view(dtype_of("struct dsa_completion_record"))
-        self.status: NDArray[np.uint8] = self.records["status"]
+        self._words = plain.view(np.uint64).reshape(capacity, _RECORD_WORDS)
+        self.status: NDArray[np.uint8] = plain.view(_RECORD)["status"]
         self.pointer = ffi.cast("struct dsa_completion_record *", ffi.from_buffer(plain))
         self._tail = 0  # where the next piece begins
         self._used = 0  # records between the oldest piece and the tail
@@ -145,7 +155,7 @@ class RecordRing:
     def retire(self, piece: Piece) -> None:
         """Copies a piece's records to its submission and gives the oldest finished pieces' records back."""
         submission, end = piece.submission, piece.offset + piece.count
-        submission.records[piece.offset : end] = self.records[piece.start : piece.start + piece.count]
+        submission.words[piece.offset : end] = self._words[piece.start : piece.start + piece.count]
         submission.pending.remove(piece)
         piece.done = True
         while self.pieces and self.pieces[0].done:

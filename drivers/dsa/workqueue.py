@@ -16,6 +16,7 @@ import numpy as np
 import trio
 
 from pvfio.abi import dtype_of, ffi, lib
+from pvfio.drivers.dsa.descriptors import words_of
 from pvfio.drivers.dsa.errors import OperationAborted
 from pvfio.drivers.dsa.ring import Piece, RecordRing, Submission
 from pvfio.errors import DeadlineExceeded, DeviceFailed
@@ -77,6 +78,7 @@ class SubmissionQueue:
         self._closed: str | None = "not enabled"
         self._paused = False  # during an abort or a reset: there is no room
         self._staging: NDArray[Any] = np.zeros(self.size, dtype=dtype_of("struct dsa_hw_desc"))
+        self._staging_words = words_of(self._staging)
         self._first = self._staging[:1]
         self._descriptor = ffi.cast("struct dsa_hw_desc *", ffi.from_buffer(self._staging))
         self._staging_bytes = ffi.buffer(self._descriptor, int(lib.DSA_DESC_SIZE))
@@ -196,7 +198,7 @@ class SubmissionQueue:
                 break
             piece = self._ring.take(submission, submission.submitted, count)
             staging = self._staging[:count]
-            staging[:] = descriptors[pushed : pushed + count]
+            self._staging_words[:count] = words_of(descriptors[pushed : pushed + count])
             step = int(lib.DSA_COMPLETION_SIZE)
             first = self._ring.address(piece)
             staging["completion_addr"] = np.arange(first, first + count * step, step, dtype=np.uint64)

@@ -1,0 +1,235 @@
+"""The command line: ``pvfio dmatest``, ``pvfio walk``, ``pvfio devices``.
+
+Only names, options and exit statuses are here; what a command does is imported when it runs. Exit statuses:
+0 done, 1 a test or the machine failed, 2 the request cannot be (one line on standard error says why), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pvfio import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pvfio",
+    help="Userspace drivers on emulated devices behind a para-virtualized Hyper-V IOMMU.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Platform(StrEnum):
+    """Whose IOMMU is the second stage."""
+
+    intel = "intel"
+    amd = "amd"
+
+
+class EngineChoice(StrEnum):
+    """Who runs the device's work."""
+
+    inline = "inline"
+    thread = "thread"
+
+
+def _size(text: str, option: str) -> int:
+    """Bytes: a number, hexadecimal with 0x, or with K, M or G (powers of 1024)."""
+    number, factor = text.strip(), 1
+    if number[:2].lower() != "0x" and number[-1:].lower() in ("k", "m", "g"):
+        factor = 1024 ** ("kmg".index(number[-1].lower()) + 1)
+        number = number[:-1]
+    try:
+        return int(number, 0) * factor
+    except ValueError:
+        raise typer.BadParameter(f"{option}: {text!r} is not a size (try 4096, 0x1000, 64K, 1M)") from None
+
+
+def _address(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not an address (try 0x10000000)") from None
+    if not 0 <= value < 1 << 64:
+        raise typer.BadParameter(f"{text} is not a 64-bit address")
+    return value
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pvfio {__version__}")
+        raise typer.Exit
+
+
+PlatformOption = Annotated[Platform, typer.Option(help="Second stage: Intel VT-d or AMD format.")]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option(help="Device engine: a native thread, or inline in the caller (deterministic)."),
+]
+RamOption = Annotated[str, typer.Option(metavar="SIZE", help="Guest memory.")]
+
+
+@app.callback()
+def pvfio(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Userspace drivers on emulated devices behind a para-virtualized Hyper-V IOMMU."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def dmatest(
+    input: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Copy FILE through the device and check it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --input: write the copy there.")
+    ] = None,
+    copy_crc: Annotated[
+        bool, typer.Option("--copy-crc", help="With --input: COPY_CRC instead of MEMMOVE and CRCGEN.")
+    ] = False,
+    platform: PlatformOption = Platform.intel,
+    engine: EngineOption = EngineChoice.thread,
+    iterations: Annotated[int, typer.Option(min=0, help="Tests a thread; 0: until interrupted.")] = 1000,
+    threads_per_chan: Annotated[int, typer.Option(min=1, help="Threads a channel.")] = 1,
+    max_channels: Annotated[int, typer.Option(min=1, help="Channels, that is work queues.")] = 1,
+    test_buf_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Test buffer (16K), or chunk of a file (1M).")
+    ] = None,
+    dmatest: Annotated[int, typer.Option(min=0, max=1, help="0: memcpy, 1: memset.")] = 0,
+    polled: Annotated[
+        bool | None,
+        typer.Option("--polled/--irq", help="How completion is seen; neither: a short poll, then interrupt."),
+    ] = None,
+    timeout: Annotated[int, typer.Option(metavar="MS", help="For one transfer; -1: none.")] = 3000,
+    noverify: Annotated[bool, typer.Option("--noverify", help="Do not verify the data.")] = False,
+    norandom: Annotated[bool, typer.Option("--norandom", help="Whole buffers, no random offsets.")] = False,
+    alignment: Annotated[int, typer.Option(help="Of offsets and lengths, as a power of 2; -1: none.")] = -1,
+    transfer_size: Annotated[str, typer.Option(metavar="SIZE", help="Of every transfer; 0: random.")] = "0",
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the random choices.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="A line for every test that passed.")
+    ] = False,
+    walk: Annotated[bool, typer.Option("--walk", help="Show how the first buffer is translated.")] = False,
+    ram: RamOption = "512M",
+) -> None:
+    """Move random buffers, or a file, through the emulated DSA and verify every byte.
+
+    The last line of each thread has the format of Linux's dmatest.
+    """
+    from pvfio import cli_dmatest
+    from pvfio.workloads.dmatest import DmatestParams
+
+    try:
+        params = DmatestParams(
+            test_buf_size=_size(test_buf_size or ("1M" if input else "16K"), "--test-buf-size"),
+            threads_per_chan=threads_per_chan,
+            iterations=iterations,
+            memset=bool(dmatest),
+            timeout=timeout,
+            noverify=noverify,
+            norandom=norandom,
+            verbose=verbose,
+            alignment=alignment,
+            transfer_size=_size(transfer_size, "--transfer-size"),
+            seed=seed,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    options = cli_dmatest.DmatestOptions(
+        params=params,
+        platform=platform.value,
+        engine=engine.value,
+        channels=max_channels,
+        completion={None: "hybrid", True: "polled", False: "interrupt"}[polled],
+        ram=_size(ram, "--ram"),
+        input=input,
+        output=output,
+        copy_crc=copy_crc,
+        walk=walk,
+    )
+    raise typer.Exit(cli_dmatest.run(options))
+
+
+@app.command()
+def walk(
+    iova: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IOVA]...", help="What to translate; without: a buffer the driver allocates."
+        ),
+    ] = None,
+    platform: PlatformOption = Platform.intel,
+    size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the buffer mapped there; 2M gives a large page.")
+    ] = "4K",
+    unmapped: Annotated[bool, typer.Option("--unmapped", help="Map nothing at IOVA: see the fault.")] = False,
+    full: Annotated[
+        bool, typer.Option("--all", help="Also every entry read to reach the tables of the first stage.")
+    ] = False,
+    ram: RamOption = "512M",
+) -> None:
+    """Show how an address of the device becomes an address of memory: IOVA -> GPA -> HPA, level by level."""
+    from pvfio import cli_walk
+
+    addresses = [_address(text) for text in iova or []]
+    length, memory = _size(size, "--size"), _size(ram, "--ram")
+    status = cli_walk.run(addresses, platform.value, length, unmapped=unmapped, full=full, ram=memory)
+    raise typer.Exit(status)
+
+
+@app.command()
+def devices(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="BARs, capabilities, group and driver too.")
+    ] = False,
+    platform: PlatformOption = Platform.intel,
+) -> None:
+    """List the PCI functions of the default machine, like lspci."""
+    from pvfio import cli_devices
+
+    raise typer.Exit(cli_devices.run(platform.value, verbose=verbose))
+
+
+def main() -> None:
+    """The ``pvfio`` command; ends the process with its exit status."""
+    sys.exit(_status())
+
+
+def _status(arguments: list[str] | None = None) -> int:
+    try:
+        status = app(arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone: say nothing more
+        return 1
+    except Exception as error:
+        # typer keeps its own copy of click in some versions: its usage errors are known by what they can do
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            if type(error).__name__ == "Abort":
+                return 130
+            raise
+        message = explain()
+        if message:
+            print(f"pvfio: {message}", file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What the commands share: running a trio program on a machine, and saying in one line what went wrong."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from pvfio.errors import PvfioError
+
+if TYPE_CHECKING:
+    from pvfio.machine import Machine, MachineConfig
+    from pvfio.vfio import Device
+
+__all__ = [
+    "UsageError",
+    "check_input",
+    "check_output",
+    "default_device",
+    "machine_config",
+    "run_program",
+    "terminal_progress",
+]
+
+_REFRESH = 0.05  # seconds between updates of a progress bar
+_BLOCK = 2 << 20
+
+
+class UsageError(PvfioError):
+    """The request cannot be: exit status 2."""
+
+
+def run_program(main: Callable[[], Awaitable[int]]) -> int:
+    """Runs ``main`` under trio and returns its exit status: 130 when interrupted, 2 for a request that
+    cannot be, 1 for a failure.
+
+    Both of the latter print one line on standard error.
+    """
+    try:
+        return trio.run(main)
+    except BaseException as error:
+        return _explain(error)
+
+
+def _single(error: BaseException) -> BaseException:
+    """The error in a group of one; of several, an interrupt if there is one, else the first."""
+    while isinstance(error, BaseExceptionGroup):
+        interrupts, _ = error.split(KeyboardInterrupt)
+        error = KeyboardInterrupt() if interrupts else error.exceptions[0]
+    return error
+
+
+def _explain(error: BaseException) -> int:
+    cause = _single(error)
+    if isinstance(cause, KeyboardInterrupt):
+        return 130
+    if isinstance(cause, UsageError):
+        print(f"pvfio: {cause}", file=sys.stderr)
+        return 2
+    if isinstance(cause, PvfioError) or (
+        isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError)
+    ):
+        print(f"pvfio: {cause}", file=sys.stderr)
+        return 1
+    raise cause
+
+
+def machine_config(platform: str, engine: str, ram: int) -> MachineConfig:
+    """The default machine with one DSA. ``UsageError`` for memory it cannot have."""
+    from pvfio.machine import MachineConfig
+
+    if ram < 16 * _BLOCK or ram % _BLOCK:
+        raise UsageError(f"guest memory is a multiple of 2 MiB, at least 32 MiB, not {ram} bytes")
+    try:
+        return MachineConfig(platform=platform, engine=engine, ram=ram)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+@asynccontextmanager
+async def default_device(machine: Machine) -> AsyncIterator[Device]:
+    """The machine's DSA, opened in a container of its own."""
+    name = next(pci.name for pci in machine.devices if pci.vendor == 0x8086 and pci.device == 0x0B25)
+    async with machine.vfio.open_device(name) as device:
+        yield device
+
+
+def check_input(path: Path) -> int:
+    """The size of a file that can be read. ``UsageError`` for one that cannot."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path}: Is not a regular file")
+    return status.st_size
+
+
+def check_output(path: Path, source: Path) -> None:
+    """``UsageError`` for a file that cannot be written, or is the input."""
+    try:
+        if path.exists() and path.samefile(source):
+            raise UsageError(f"{path}: is the input file")
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+
+
+@contextmanager
+def terminal_progress(
+    total: int | None, unit: str
+) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A way to print a line and a way to say how much more is done; with a progress bar where output is a
+    terminal.
+    """
+    if not sys.stdout.isatty():
+        yield (lambda line: print(line, flush=True)), (lambda _: None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+    ]
+    console = Console(highlight=False)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("dmatest", total=total)
+        pending, shown = 0, time.monotonic()
+
+        def advance(amount: int) -> None:
+            nonlocal pending, shown
+            pending += amount
+            now = time.monotonic()
+            if now - shown >= _REFRESH:
+                progress.advance(task, pending)
+                pending, shown = 0, now
+
+        def emit(line: str) -> None:
+            console.print(line, markup=False, soft_wrap=True)
+
+        yield emit, advance
+        progress.advance(task, pending)
