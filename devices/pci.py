@@ -202,7 +202,7 @@ class PciFunction:
         Use this, not ``bus.cancel``: bus mastering may be off at the same time.
         """
         self._dma_cancelled = on
-        self.bus.cancel(on or not self._master)
+        self._gate_dma()
 
     def set_intx(self, level: bool) -> None:
         """Asserts or deasserts the pin. The bus sees it unless INTx is disabled or MSI-X is in use."""
@@ -248,8 +248,7 @@ class PciFunction:
         master = bool(command & lib.PCI_COMMAND_MASTER) and awake
         changed = (memory, master) != (self._memory, self._master)
         self._memory, self._master = memory, master
-        if not self._closed:
-            self.bus.cancel(self._dma_cancelled or not master)
+        self._gate_dma()
         if self.msix is not None:
             flags = self.config.get(self._msix_cap + lib.PCI_MSIX_FLAGS, 2)
             self.msix.control(
@@ -258,6 +257,9 @@ class PciFunction:
         self._apply_intx()
         if changed:
             self.on_enable(memory, master)
+
+    def _gate_dma(self) -> None:
+        self.bus.cancel(self._closed or self._dma_cancelled or not self._master)
 
     def _apply_intx(self) -> None:
         status = self.config.get(lib.PCI_STATUS, 2) & ~lib.PCI_STATUS_INTERRUPT

@@ -46,9 +46,11 @@ class Fault:
 
 
 class FaultLog:
-    """The latest ``capacity`` faults. Iterate asynchronously (any number of tasks may): each iterator sees
-    every kept fault from the oldest on, then waits for new ones; one that falls behind goes on with the
-    oldest kept.
+    """The latest ``capacity`` faults.
+
+    Iterate asynchronously, in any number of tasks: each iterator sees every kept fault from the oldest on,
+    then waits for new ones, which arrive while ``run`` runs or somebody drains; one that falls behind goes
+    on with the oldest kept.
     """
 
     def __init__(self, iommu: Iommu, name: Callable[[int], str], *, capacity: int = 1024) -> None:

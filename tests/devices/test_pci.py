@@ -112,6 +112,7 @@ def test_the_devices_own_abort_and_bus_mastering(device: TestDevice) -> None:
 def test_closing_ends_dma_for_good(device: TestDevice) -> None:
     device.close()
     device.config_write(lib.PCI_COMMAND, 2, MEMORY | MASTER)
+    device.cancel_dma(False)
     with pytest.raises(DmaCancelled):
         device.bus.read(IOVA, 4)
 
