@@ -7,6 +7,8 @@ Does not model table pages, order of stores, or how entries are found.
 
 from __future__ import annotations
 
+import bisect
+import functools
 from dataclasses import dataclass
 
 from pvfio.pagetable import Format, Perm
@@ -44,13 +46,15 @@ def input_bits(fmt: Format, levels: int) -> int:
     return 64 if fmt is Format.AMDV1 else 12 + 9 * levels
 
 
+@functools.lru_cache
+def sizes_of(sizes: int) -> tuple[int, ...]:
+    """The page sizes of a bitmap, in bytes."""
+    return tuple(1 << lg2 for lg2 in range(64) if sizes >> lg2 & 1)
+
+
 def best_page_size(sizes: int, iova: int, phys: int, left: int) -> int:
     """The largest page of the bitmap that fits at the start of a range, by trying all; 0 where none does."""
-    fitting = [
-        1 << lg2
-        for lg2 in range(64)
-        if sizes >> lg2 & 1 and iova % (1 << lg2) == 0 and phys % (1 << lg2) == 0 and (1 << lg2) <= left
-    ]
+    fitting = [s for s in sizes_of(sizes) if iova % s == 0 and phys % s == 0 and s <= left]
     return max(fitting, default=0)
 
 
@@ -70,12 +74,13 @@ class Leaf:
 
 
 class Model:
-    """What is mapped: the leaves by IOVA."""
+    """What is mapped: the leaves by IOVA, and their IOVAs in order."""
 
     def __init__(self, fmt: Format, sizes: int) -> None:
         self.fmt = fmt
         self.sizes = sizes
         self.leaves: dict[int, Leaf] = {}
+        self.order: list[int] = []
 
     def plan(self, iova: int, phys: int, size: int, perm: int) -> list[Leaf]:
         """The leaves of one mapping: at each address the largest page."""
@@ -87,26 +92,34 @@ class Model:
         return leaves
 
     def overlaps(self, iova: int, size: int) -> bool:
-        return any(leaf.iova < iova + size and iova < leaf.iova + leaf.size for leaf in self.leaves.values())
+        begins = bisect.bisect_left(self.order, iova)
+        inside = begins < len(self.order) and self.order[begins] < iova + size
+        return inside or self.find(iova) is not None
 
     def map(self, iova: int, phys: int, size: int, perm: int) -> bool:
         """False, and nothing done, where something is mapped already."""
         if self.overlaps(iova, size):
             return False
-        self.leaves.update((leaf.iova, leaf) for leaf in self.plan(iova, phys, size, perm))
+        new = self.plan(iova, phys, size, perm)
+        self.leaves.update((leaf.iova, leaf) for leaf in new)
+        at = bisect.bisect_left(self.order, iova)
+        self.order[at:at] = [leaf.iova for leaf in new]
         return True
 
     def unmap(self, iova: int, size: int) -> int:
         """Bytes unmapped: every leaf that begins in the range, none when the range begins inside one."""
-        if any(leaf.iova < iova < leaf.iova + leaf.size for leaf in self.leaves.values()):
+        around = self.find(iova)
+        if around is not None and around.iova != iova:
             return 0
-        gone = [leaf for leaf in self.leaves.values() if iova <= leaf.iova < iova + size]
-        for leaf in gone:
-            del self.leaves[leaf.iova]
+        first, end = bisect.bisect_left(self.order, iova), bisect.bisect_left(self.order, iova + size)
+        gone = [self.leaves.pop(start) for start in self.order[first:end]]
+        del self.order[first:end]
         return sum(leaf.size for leaf in gone)
 
     def find(self, iova: int) -> Leaf | None:
-        return next((x for x in self.leaves.values() if x.iova <= iova < x.iova + x.size), None)
+        at = bisect.bisect_right(self.order, iova) - 1
+        leaf = self.leaves[self.order[at]] if at >= 0 else None
+        return leaf if leaf is not None and iova < leaf.iova + leaf.size else None
 
     def tables(self, levels: int) -> int:
         """Table pages that a tree of ``levels`` needs for the leaves: the root, and one for each place in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import random
 from collections.abc import Callable
 
@@ -77,7 +78,7 @@ def test_a_walk_shows_every_entry_from_the_root_down(
     table.map_range(M2 + 3 * K4, 0x7000, K4, Perm.READ)
     steps = table.walk(M2 + 3 * K4)
     assert steps[0].table == table.root
-    for step, below in zip(steps, steps[1:], strict=False):
+    for step, below in itertools.pairwise(steps):
         assert step == WalkEntry(
             level=step.level,
             table=step.table,
