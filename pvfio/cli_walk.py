@@ -194,7 +194,7 @@ def show(translation: Translation, platform: str, *, full: bool = False) -> None
         print()
         console = Console(highlight=False)
         console.print(render(translation, full=full), width=max(console.width, 80))
-        hint = " (+ above)" if full else " (--all shows them)"
+        hint = " (+ above)" if full else " (pvfio walk --all shows them)"
         stage2 = {"intel": "VT-d second stage", "amd": "AMD v1"}[platform]
         text = _EXPLANATION.format(stage2=stage2, reads=len(steps), hint=hint)
         print("\n" + textwrap.fill(text, 79) + "\n")
