@@ -154,7 +154,7 @@ def dmatest(
         platform=platform.value,
         engine=engine.value,
         channels=max_channels,
-        completion={None: "hybrid", True: "polled", False: "interrupt"}[polled],
+        completion="hybrid" if polled is None else "polled" if polled else "interrupt",
         ram=_size(ram, "--ram"),
         input=input,
         output=output,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pvfio.cli_run import machine_config, run_program
+from pvfio.cli_run import Platform, machine_config, run_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,14 +86,14 @@ def describe(device: PciDevice, *, verbose: bool) -> list[str]:
     return [head, *("\t" + line for line in lines)]
 
 
-def run(platform: str, *, verbose: bool) -> int:
+def run(platform: Platform, *, verbose: bool) -> int:
     """Runs the command; its exit status."""
 
     async def main() -> int:
         from pvfio.machine import Machine
 
         async with Machine(machine_config(platform, "inline", _RAM)) as machine:
-            for number, device in enumerate(machine.devices):
+            for number, device in enumerate(machine.kernel.devices):
                 if verbose and number:
                     print()
                 print("\n".join(describe(device, verbose=verbose)))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from pvfio.cli_run import (
+    DEVICE,
+    EngineChoice,
+    Platform,
     UsageError,
     check_input,
     check_output,
-    default_device,
     machine_config,
     run_program,
     terminal_progress,
@@ -21,7 +23,7 @@ from pvfio.cli_run import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pvfio.drivers.dsa import DsaDriver
+    from pvfio.drivers.dsa import Completion, DsaDriver
     from pvfio.machine import Machine
     from pvfio.workloads.dmatest import DmatestParams
     from pvfio.workloads.filecopy import FileCopy
@@ -36,10 +38,10 @@ class DmatestOptions:
     """The command's options, checked for form."""
 
     params: DmatestParams
-    platform: str
-    engine: str
+    platform: Platform
+    engine: EngineChoice
     channels: int
-    completion: str
+    completion: Completion
     ram: int
     input: Path | None
     output: Path | None
@@ -57,7 +59,7 @@ def run(options: DmatestOptions) -> int:
 
 
 async def _main(options: DmatestOptions) -> int:
-    from pvfio.drivers.dsa import Completion, DsaDriver, WqConfig
+    from pvfio.drivers.dsa import DsaDriver, WqConfig
     from pvfio.machine import Machine
     from pvfio.workloads.dmatest import memory_needed
 
@@ -73,15 +75,16 @@ async def _main(options: DmatestOptions) -> int:
             f"{options.ram} bytes of guest memory"
         )
     config = machine_config(options.platform, options.engine, options.ram)
-    wqs = [WqConfig(completion=Completion(options.completion))] * options.channels
+    wqs = [WqConfig(completion=options.completion)] * options.channels
     async with Machine(config) as machine:
-        async with default_device(machine) as device:
+        async with machine.open(DEVICE) as device:
             try:
                 driver = DsaDriver(device, wqs=wqs)
                 async with driver as dsa:
-                    return await _work(machine, dsa, options, size)
+                    status = await _work(machine, dsa, options, size)
             except (ValueError, MemoryError) as error:
                 raise UsageError(str(error) or "the buffers do not fit into guest memory") from None
+    return status
 
 
 async def _work(machine: Machine, dsa: DsaDriver, options: DmatestOptions, size: int) -> int:
@@ -93,7 +96,7 @@ async def _work(machine: Machine, dsa: DsaDriver, options: DmatestOptions, size:
     first: list[Translation] = []
 
     def started(iova: int) -> None:
-        first.append(translate(machine, dsa.device.name, iova))
+        first.append(translate(machine, DEVICE, iova))
 
     if options.input is not None:
         with terminal_progress(size * threads, "bytes") as (emit, advance):

@@ -6,24 +6,31 @@ import os
 import stat
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
 from pvfio.errors import PvfioError
 
 if TYPE_CHECKING:
-    from pvfio.machine import Machine, MachineConfig
-    from pvfio.vfio import Device
+    from pvfio.machine import MachineConfig
+
+Platform = Literal["intel", "amd"]
+EngineChoice = Literal["inline", "thread"]
+
+DEVICE = "dsa0"
+"""The machine's DSA."""
 
 __all__ = [
+    "DEVICE",
+    "EngineChoice",
+    "Platform",
     "UsageError",
     "check_input",
     "check_output",
-    "default_device",
     "machine_config",
     "run_program",
     "terminal_progress",
@@ -72,24 +79,17 @@ def _explain(error: BaseException) -> int:
     raise cause
 
 
-def machine_config(platform: str, engine: str, ram: int) -> MachineConfig:
+def machine_config(platform: Platform, engine: EngineChoice, ram: int) -> MachineConfig:
     """The default machine with one DSA. ``UsageError`` for memory it cannot have."""
+    from pvfio.host.config import IommuConfig
     from pvfio.machine import MachineConfig
 
     if ram < 16 * _BLOCK or ram % _BLOCK:
         raise UsageError(f"guest memory is a multiple of 2 MiB, at least 32 MiB, not {ram} bytes")
     try:
-        return MachineConfig(platform=platform, engine=engine, ram=ram)
+        return MachineConfig(iommu=IommuConfig(platform=platform), engine=engine, ram=ram)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-@asynccontextmanager
-async def default_device(machine: Machine) -> AsyncIterator[Device]:
-    """The machine's DSA, opened in a container of its own."""
-    name = next(pci.name for pci in machine.devices if pci.vendor == 0x8086 and pci.device == 0x0B25)
-    async with machine.vfio.open_device(name) as device:
-        yield device
 
 
 def check_input(path: Path) -> int:

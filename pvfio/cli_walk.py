@@ -11,17 +11,18 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pvfio.cli_run import UsageError, default_device, machine_config, run_program
+from pvfio.cli_run import DEVICE, UsageError, machine_config, run_program
 from pvfio.errors import VfioError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from pvfio.cli_run import Platform
     from pvfio.machine import Machine
-    from pvfio.silicon import Requester, Walk, WalkStep
+    from pvfio.silicon import Walk, WalkStep
     from pvfio.vfio import Container, DmaBuffer
 
-__all__ = ["Translation", "render", "requester_of", "run", "show", "translate"]
+__all__ = ["Translation", "render", "run", "show", "translate"]
 
 _LEVELS = {1: "PT", 2: "PD", 3: "PDPT", 4: "PML4", 5: "PML5"}  # names of Intel SDM 3A 4.5
 _PAGE = 4096
@@ -50,27 +51,15 @@ class Translation:
         return f"IOVA {self.iova:#x} -> fault: {fault.reason_name} ({where})"
 
 
-def requester_of(machine: Machine, name: str) -> Requester:
-    """The bus master of a device by its name, where the IOMMU keeps it. ``KeyError`` for an unknown name."""
-    for bus in machine.hypervisor.buses:
-        for number in bus.functions:
-            if bus.device_name(number) == name:
-                device = machine.hypervisor.domains.device(bus.logical_id(number))
-                if device is not None:
-                    requester: Requester = device.requester
-                    return requester
-    raise KeyError(name)
-
-
 def translate(machine: Machine, name: str, iova: int) -> Translation:
-    """What the IOMMU makes of a read of ``iova`` by a device."""
-    walk = requester_of(machine, name).walk(iova)
+    """What the IOMMU makes of a read of ``iova`` by a device. ``KeyError`` for an unknown name."""
+    walk = machine.devices[name].requester.walk(iova)
     leaves = [step for step in walk.steps if step.stage == 1 and step.leaf]
     gpa = None
     if leaves:
         offset = iova & ((1 << _page_bits(leaves[0].level)) - 1)
         gpa = leaves[0].output + offset
-    return Translation(name, iova, walk, gpa)
+    return Translation(machine.devices[name].pci_name, iova, walk, gpa)
 
 
 def _page_bits(level: int) -> int:
@@ -136,7 +125,7 @@ the byte is. Addresses in stage 1's table are GPAs themselves, so each of its ta
 first: {reads} entries are read in all{hint}."""
 
 
-def run(addresses: list[int], platform: str, size: int, *, unmapped: bool, full: bool, ram: int) -> int:
+def run(addresses: list[int], platform: Platform, size: int, *, unmapped: bool, full: bool, ram: int) -> int:
     """Runs the command; its exit status."""
 
     async def main() -> int:
@@ -147,7 +136,7 @@ def run(addresses: list[int], platform: str, size: int, *, unmapped: bool, full:
         if unmapped and not addresses:
             raise UsageError("--unmapped needs an IOVA")
         async with Machine(machine_config(platform, "inline", ram)) as machine:
-            async with default_device(machine) as device:
+            async with machine.open(DEVICE) as device:
                 wanted = list(addresses)
                 if not wanted:
                     buffer = await _map(device.container, None, size)
@@ -158,7 +147,7 @@ def run(addresses: list[int], platform: str, size: int, *, unmapped: bool, full:
                         await _map_around(device.container, iova, size)
                     if number:
                         print()
-                    show(translate(machine, device.name, iova), platform, full=full)
+                    show(translate(machine, DEVICE, iova), platform, full=full)
         return 0
 
     return run_program(main)
@@ -182,7 +171,7 @@ async def _map_around(container: Container, iova: int, size: int) -> None:
         print(f"not mapped: {error}")
 
 
-def show(translation: Translation, platform: str, *, full: bool = False) -> None:
+def show(translation: Translation, platform: Platform, *, full: bool = False) -> None:
     """Prints a translation and what it means."""
     from rich.console import Console
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pvfio.abi import dtype_of, lib
-from pvfio.drivers.dsa.workqueue import Completion
+from pvfio.drivers.dsa.workqueue import COMPLETIONS, Completion
 
 if TYPE_CHECKING:
     from pvfio.drivers.dsa.capabilities import Capabilities
@@ -40,7 +40,11 @@ class WqConfig:
     block_on_fault: bool = False
     max_transfer_shift: int | None = None
     max_batch_shift: int | None = None
-    completion: Completion = Completion.HYBRID
+    completion: Completion = "hybrid"
+
+    def __post_init__(self) -> None:
+        if self.completion not in COMPLETIONS:
+            raise ValueError(f"completion is one of {', '.join(COMPLETIONS)}, not {self.completion!r}")
 
 
 def resolve(wanted: Sequence[WqConfig], capabilities: Capabilities) -> list[WqConfig]:

@@ -9,8 +9,7 @@ Not here: configuration (driver.py), and several processes sharing one WQ.
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import trio
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
     from pvfio.drivers.dsa.driver import DsaDriver
     from pvfio.vfio import Irq, Region
 
-__all__ = ["Completion", "SubmissionQueue"]
+__all__ = ["COMPLETIONS", "Completion", "SubmissionQueue"]
+
+COMPLETIONS = ("polled", "interrupt", "hybrid")
 
 _SPIN_NS = 20_000
 _EAGER_ROUNDS = 32  # polls between which other tasks run, before sleeping between them
@@ -36,12 +37,9 @@ _FIRST_NAP = 20e-6
 _LONGEST_NAP = 1e-3
 
 
-class Completion(Enum):
-    """How a WQ learns that descriptors are complete."""
-
-    POLLED = "polled"  # by looking at the records
-    INTERRUPT = "interrupt"  # every descriptor asks for one
-    HYBRID = "hybrid"  # by looking for some microseconds, then by interrupt
+Completion: TypeAlias = Literal["polled", "interrupt", "hybrid"]
+"""How a WQ learns that descriptors are complete: by looking at the records; by an interrupt, which every
+descriptor asks for; or by looking for some microseconds, then by interrupt."""
 
 
 class SubmissionQueue:
@@ -61,7 +59,7 @@ class SubmissionQueue:
         self.shared = config.shared
         self.max_transfer = 1 << (config.max_transfer_shift or 0)
         self.max_batch = 1 << (config.max_batch_shift or 0)
-        self.completion = Completion(config.completion)
+        self._completion: Completion = config.completion
         self.device = driver.device.name
         self._portals = portals
         page = int(lib.IDXD_PORTAL_LIMITED) * int(lib.IDXD_PORTAL_SIZE)
@@ -98,6 +96,19 @@ class SubmissionQueue:
         records.
         """
         return 0 if self._paused else min(self.size - self._outstanding, self._ring.free)
+
+    @property
+    def completion(self) -> Completion:
+        """How completion is learned of; setting it holds for what is submitted afterwards (``ValueError``:
+        not one).
+        """
+        return self._completion
+
+    @completion.setter
+    def completion(self, how: Completion) -> None:
+        if how not in COMPLETIONS:
+            raise ValueError(f"completion is one of {', '.join(COMPLETIONS)}, not {how!r}")
+        self._completion = how
 
     # Submission
 
@@ -210,7 +221,7 @@ class SubmissionQueue:
         return pushed
 
     def _completion_flags(self) -> int:
-        wanted = self._irq is not None and self.completion is not Completion.POLLED
+        wanted = self._irq is not None and self._completion != "polled"
         return self._flags | (int(lib.IDXD_OP_FLAG_RCI) if wanted else 0)
 
     def _ring_portal(self, piece: Piece) -> int:
@@ -280,11 +291,11 @@ class SubmissionQueue:
 
     async def _arrival(self, piece: Piece) -> None:
         """Until the piece is complete or was taken back."""
-        polled = self.completion is Completion.POLLED or self._irq is None
+        polled = self._completion == "polled" or self._irq is None
         if polled:
             await self._arrival_polled(piece)
             return
-        if self.completion is Completion.HYBRID and self._spin(piece):
+        if self._completion == "hybrid" and self._spin(piece):
             await trio.lowlevel.checkpoint()
             return
         while not piece.done and not self._ring.complete(piece):
