@@ -75,7 +75,7 @@ class Container(ABC):
         self._buffers: dict[int, weakref.ref[DmaBuffer]] = {}
 
     async def __aenter__(self) -> Self:
-        await trio.lowlevel.checkpoint()
+        # Opening was the checkpoint: one here could be cancelled with nobody to close.
         return self
 
     async def __aexit__(

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import trio
-
 from pvfio.vfio.container import Container
 from pvfio.vfio.device import Device
 
@@ -34,7 +32,7 @@ class Group(ABC):
     id: int
 
     async def __aenter__(self) -> Self:
-        await trio.lowlevel.checkpoint()
+        # Opening was the checkpoint: one here could be cancelled with nobody to close.
         return self
 
     async def __aexit__(
@@ -63,8 +61,8 @@ class Group(ABC):
     async def open_device(self, name: str) -> Device:
         """Opens a device of the group by its name ("0001:00:00.0"); the device is reset.
 
-        Raises ENODEV for an unknown name, EINVAL before the container has an IOMMU type, EBUSY when it is
-        open. Cancelled: not opened.
+        Opened again while it is open, it is the same device and is not reset. Raises ENODEV for an unknown
+        name, EINVAL before the container has an IOMMU type. Cancelled: not opened.
         """
 
     @abstractmethod
