@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pvfio.abi import lib
 from pvfio.devices.testdev import TestDevice
@@ -407,3 +410,38 @@ def test_registers(device: TestDevice) -> None:
     assert device.read(2, 0x18, 8) == 0
     assert device.read(0, 0x7000, 4) == 0
     device.write(0, 0x7000, 4, 1)
+
+
+ACCESS = st.tuples(
+    st.sampled_from(["config", "bar"]),
+    st.booleans(),
+    st.integers(0, 3),
+    st.one_of(st.integers(-8, 0x100), st.integers(0x3FF0, 0x5480), st.integers(0x7FF0, 0x8010)),
+    st.sampled_from([0, 1, 2, 3, 4, 8]),
+    st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2, 3, 6, 0x101, 0xC000, IOVA])),
+)
+
+
+@given(accesses=st.lists(ACCESS, max_size=60))
+def test_any_access_is_answered(accesses: list[tuple[str, bool, int, int, int, int]]) -> None:
+    bus, memory = TableBus(), bytearray(4096)
+    bus.map(IOVA, memory)
+    device = TestDevice(bus, vectors=66, intx=True, ats=True)
+    device.connect_intx(lambda level: None)
+    identity = device.config_read(0, 4)
+    for space, is_write, bar, offset, size, value in accesses:
+        bound = 1 << 8 * size
+        refused = size in ((0, 3, 8) if space == "config" else (0, 3))
+        if space == "bar":
+            refused = refused or not 0 <= offset <= {0: 0x8000, 2: 0x1000}.get(bar, -1) - size
+        with pytest.raises(OSError, match="BAR|access") if refused else contextlib.nullcontext():
+            if space == "config" and is_write:
+                device.config_write(offset, size, value % bound)
+            elif space == "config":
+                assert 0 <= device.config_read(offset, size) < bound
+            elif is_write:
+                device.write(bar, offset, size, value % bound)
+            else:
+                assert 0 <= device.read(bar, offset, size) < bound
+    assert device.config_read(0, 4) == identity
+    device.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,33 @@ def test_attach_replaces(guest: Any) -> None:
     assert reads(guest, 0) == b"two."
     assert guest.call("delete_device_domain", domain_id=first) == 0
     assert reads(guest, 0) == b"two."
+
+
+def test_attach_leaves_no_gap(guest: Any) -> None:
+    pages = {}
+    for number in (1, 2):
+        domain, _, gpa = guest.mapped(number, 0)
+        put(guest, gpa, number.to_bytes(4, "little"))
+        pages[number] = domain
+    seen: list[bytes | None] = []
+    stop = threading.Event()
+
+    def dma() -> None:
+        while not stop.is_set():
+            seen.append(reads(guest, 0))
+
+    engine = threading.Thread(target=dma)
+    engine.start()
+    try:
+        rounds = 0
+        while engine.is_alive() and (rounds < 400 or len(seen) < 400):
+            guest.attach(pages[1 + rounds % 2], 0)
+            rounds += 1
+    finally:
+        stop.set()
+        engine.join()
+    assert set(seen) <= {b"\1\0\0\0", b"\2\0\0\0"}
+    assert guest.host.faults.snapshot() == ()
 
 
 def test_a_failed_attach_changes_nothing(guest: Any) -> None:
