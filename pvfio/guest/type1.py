@@ -246,13 +246,13 @@ class Type1:
         operation = "dirty_pages"
         if (
             pgsize != self._page_mask + 1
-            or not size
+            or size <= 0
+            or not 0 <= iova <= _SPACE - size
             or (iova | size) & self._page_mask
             or not self.dirty_tracking
         ):
-            raise VfioError(
-                errno.EINVAL, operation, "page size, alignment or no tracking", iova=iova, length=size
-            )
+            reason = "page size, range or alignment, or no tracking"
+            raise VfioError(errno.EINVAL, operation, reason, iova=iova, length=size)
         last = iova + size - 1
         mappings = list(self._index.range(iova, last))
         if mappings and (mappings[0].iova < iova or mappings[-1].last > last):
