@@ -434,7 +434,7 @@ def test_any_access_is_answered(accesses: list[tuple[str, bool, int, int, int, i
         refused = size in ((0, 3, 8) if space == "config" else (0, 3))
         if space == "bar":
             refused = refused or not 0 <= offset <= {0: 0x8000, 2: 0x1000}.get(bar, -1) - size
-        with pytest.raises(OSError, match="BAR|access") if refused else contextlib.nullcontext():
+        with pytest.raises(OSError, match=r"BAR|access") if refused else contextlib.nullcontext():
             if space == "config" and is_write:
                 device.config_write(offset, size, value % bound)
             elif space == "config":
