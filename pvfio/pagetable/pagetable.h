@@ -95,6 +95,21 @@ uint32_t pt_best_pgsize_lg2(uint64_t pgsize_bitmap, uint64_t iova, uint64_t phys
 void pt_decode_entry(int format, uint64_t entry, uint32_t level, struct pt_walk_entry *out);
 uint64_t pt_encode_leaf(int format, uint32_t level, uint32_t size_lg2, uint64_t phys, uint32_t perm);
 uint64_t pt_encode_table(int format, uint32_t level, uint64_t phys);
+
+/* A series of map calls, `stride` apart, and then the unmaps of the same ranges (bench.c). */
+struct pt_bench {
+    uint64_t iova;
+    uint64_t phys;
+    uint64_t size;
+    uint64_t stride;
+    uint32_t calls;
+    uint32_t perm;
+};
+
+/* 0 and the nanoseconds of each series, or what a call was refused with (-EIO: bytes missing); all unmapped again. */
+int pt_bench(struct pt_table *table, const struct pt_bench *bench, uint64_t *map_ns, uint64_t *unmap_ns);
+/* Nanoseconds of `calls` plain loops that store that many entries: the floor under a map. 0: no memory. */
+uint64_t pt_bench_stores(uint32_t entries, uint32_t calls);
 /* cffi: end */
 
 #endif

@@ -218,13 +218,16 @@ PT_INLINE int pt_map(int format, struct pt_table *table, uint64_t iova, uint64_t
     return 0;
 }
 
-/* log2 of the size of a present entry that is not a known table; an entry that makes no sense counts for itself. */
-PT_INLINE unsigned pt_leaf_lg2(int format, uint64_t entry, unsigned level)
+PT_INLINE bool pt_is_coded(uint64_t entry)
 {
-    unsigned item = pt_item_lg2(level);
-    if (format != PT_AMDV1 || (entry >> PT_AMDV1_NEXT_SHIFT & 7) != PT_AMDV1_NEXT_SIZE)
-        return item;
-    return pt_decode_amdv1(entry, level).size_lg2;
+    return (entry >> PT_AMDV1_NEXT_SHIFT & 7) == PT_AMDV1_NEXT_SIZE;
+}
+
+/* A size that cannot be here counts as the level's own, so that clearing stays inside the table. */
+PT_INLINE unsigned pt_coded_lg2(uint64_t entry, unsigned level)
+{
+    struct pt_entry e = pt_decode_amdv1(entry, level);
+    return e.reserved ? pt_item_lg2(level) : e.size_lg2;
 }
 
 /*
@@ -236,33 +239,27 @@ PT_INLINE unsigned pt_leaf_lg2(int format, uint64_t entry, unsigned level)
 PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, unsigned end, uint64_t *unmapped, bool *stop)
 {
     unsigned level = node->level, item = pt_item_lg2(level), i = pt_index(level, iova), cleared = 0;
-    if (format != PT_AMDV1 && level == 1) {
-        for (; i <= end; i++) {
-            if (pt_present(format, pt_load(node, i))) {
-                pt_store(node, i, 0);
-                cleared++;
-            }
+    bool has_children = level > 1 && node->children != 0;
+    *stop = (iova & ((1ull << item) - 1)) != 0 && pt_present(format, pt_load(node, i));
+    while (i <= end && !*stop) {
+        uint64_t entry = pt_load(node, i);
+        if (!pt_present(format, entry)) {
+            i++;
+            continue;
         }
-        *unmapped += (uint64_t)cleared << item;
-    } else {
-        for (; i <= end && (level == 1 || node->child[i] == NULL);) {
-            uint64_t entry = pt_load(node, i);
-            if (!pt_present(format, entry)) {
-                i++;
-                iova = 0; /* from here on entries begin where they are looked at */
-                continue;
-            }
-            unsigned lg2 = pt_leaf_lg2(format, entry, level), copies = 1u << (lg2 - item);
-            if ((iova & ((1ull << item) - 1)) != 0 || (i & (copies - 1)) != 0) {
-                *stop = true;
-                break;
-            }
-            for (unsigned n = 0; n < copies; n++)
+        if (has_children && node->child[i] != NULL)
+            break;
+        if (format == PT_AMDV1 && pt_is_coded(entry)) {
+            unsigned copies = 1u << (pt_coded_lg2(entry, level) - item);
+            *stop = (i & (copies - 1)) != 0;
+            for (unsigned n = 0; n < copies && !*stop; n++, cleared++)
                 pt_store(node, i++, 0);
-            cleared += copies;
+        } else {
+            pt_store(node, i++, 0);
+            cleared++;
         }
-        *unmapped += (uint64_t)cleared << item;
     }
+    *unmapped += (uint64_t)cleared << item;
     node->live = (uint16_t)(cleared < node->live ? node->live - cleared : 0);
     return i;
 }

@@ -11,7 +11,8 @@ import bisect
 import functools
 from dataclasses import dataclass
 
-from pvfio.pagetable import Format, Perm
+from pvfio.errors import PageTableError
+from pvfio.pagetable import Format, PageTable, Perm
 
 K4, M2, G1 = 1 << 12, 1 << 21, 1 << 30
 MASK64 = (1 << 64) - 1
@@ -61,6 +62,15 @@ def best_page_size(sizes: int, iova: int, phys: int, left: int) -> int:
 def granted(fmt: Format, perm: int) -> Perm:
     """What a leaf made with ``perm`` lets a device do."""
     return Perm(perm | Perm.READ) if fmt is Format.X86_64 else Perm(perm)
+
+
+def try_map(table: PageTable, iova: int, phys: int, size: int) -> int:
+    """Maps for reading and writing; 0 or the errno."""
+    try:
+        table.map_range(iova, phys, size, Perm.READ | Perm.WRITE)
+    except PageTableError as refused:
+        return refused.errno or 0
+    return 0
 
 
 @dataclass(frozen=True)
