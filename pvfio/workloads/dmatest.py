@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pvfio.drivers.dsa import WorkQueue
-    from pvfio.memory import DmaBuffer
+    from pvfio.vfio import DmaBuffer
 
 __all__ = [
     "GUARD",
