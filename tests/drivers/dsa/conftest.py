@@ -1,0 +1,96 @@
+"""A running DSA driver on a machine, with the emulated device's controls at hand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from pvfio.devices.dsa import DsaConfig
+from pvfio.drivers.dsa import DsaDriver, WorkQueue
+from pvfio.host.config import IommuConfig
+from pvfio.machine import DeviceSpec, Machine, MachineConfig
+from pvfio.silicon import Engine
+from pvfio.vfio import Container, Device
+
+
+@dataclass
+class Rig:
+    """A machine with one DSA that is open."""
+
+    machine: Machine
+    device: Device
+
+    @property
+    def container(self) -> Container:
+        return self.device.container
+
+    @property
+    def function(self) -> Any:
+        return self.machine.devices["dsa0"].function
+
+    @property
+    def engine(self) -> Engine:
+        engine: Engine = self.function.engine
+        return engine
+
+
+@dataclass
+class Running(Rig):
+    """A machine with one DSA whose driver runs."""
+
+    dsa: DsaDriver
+
+    @property
+    def wq(self) -> WorkQueue:
+        return self.dsa.wq(0)
+
+
+RigMaker = Callable[..., AbstractAsyncContextManager[Rig]]
+RunningMaker = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+@asynccontextmanager
+async def open_rig(
+    platform: Any = "intel", engine: Any = "inline", config: DsaConfig | None = None
+) -> AsyncIterator[Rig]:
+    options = {"config": config} if config else {}
+    machine_config = MachineConfig(
+        iommu=IommuConfig(platform=platform),
+        engine=engine,
+        ram=64 << 20,
+        devices=(DeviceSpec(kind="dsa", options=options),),
+    )
+    async with Machine(machine_config) as machine, machine.open("dsa0") as device:
+        yield Rig(machine, device)
+
+
+@asynccontextmanager
+async def open_running(
+    platform: Any = "intel", engine: Any = "inline", config: DsaConfig | None = None, **options: Any
+) -> AsyncIterator[Running]:
+    async with open_rig(platform, engine, config) as rig:
+        async with DsaDriver(rig.device, **options) as dsa:
+            yield Running(rig.machine, rig.device, dsa)
+
+
+@pytest.fixture
+def rig() -> RigMaker:
+    """``async with rig(platform, engine, config) as r``: the device is open, no driver runs."""
+    return open_rig
+
+
+@pytest.fixture
+def running() -> RunningMaker:
+    """``async with running(platform, engine, config, **driver_options) as r``."""
+    return open_running
+
+
+@pytest.fixture(params=[("intel", "inline"), ("intel", "thread"), ("amd", "inline"), ("amd", "thread")], ids="-".join)
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Platform and engine."""
+    chosen: tuple[str, str] = request.param
+    return chosen
