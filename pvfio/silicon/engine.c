@@ -96,6 +96,7 @@ static void idle(struct pv_engine *e, uint32_t seen)
 static void *run_thread(void *arg)
 {
     struct pv_engine *e = arg;
+    idle(e, 0); /* no step before the first kick: the device may not have stored the engine yet */
     while (!atomic_load(&e->leaving)) {
         uint32_t seen = atomic_load(&e->kicks);
         pthread_mutex_lock(&e->run);
