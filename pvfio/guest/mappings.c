@@ -183,10 +183,11 @@ static void *node_get(struct pv_mappings *m)
 
 /* Search. */
 
-static inline void prefetch(const void *start, unsigned size)
+/* All lines of a node at once: a search that met its misses one after the other would wait several times. */
+static inline void prefetch(const void *node)
 {
-    const uint8_t *bytes = start;
-    for (unsigned i = 0; i < size; i += 64)
+    const uint8_t *bytes = node;
+    for (unsigned i = 0; i < NODE_BYTES; i += 64)
         __builtin_prefetch(bytes + i);
 }
 
@@ -228,7 +229,7 @@ static void descend(const struct pv_mappings *m, uint64_t iova, struct path *pat
         path->node[level] = inner;
         path->index[level] = i;
         node = inner->child[i];
-        prefetch(node, level + 1 < m->height ? offsetof(struct inner, child) : NODE_BYTES);
+        prefetch(node);
     }
     path->leaf = node;
     path->pos = leaf_find(path->leaf, iova);
