@@ -111,7 +111,8 @@ static inline struct pt_entry pt_decode_amdv1(uint64_t entry, unsigned level)
 {
     unsigned item = pt_item_lg2(level);
     unsigned next = (unsigned)(entry >> PT_AMDV1_NEXT_SHIFT) & 7;
-    struct pt_entry e = {.addr = entry & PT_ADDRESS, .present = (entry & PT_AMDV1_PR) != 0, .size_lg2 = (uint8_t)item};
+    bool present = (entry & PT_AMDV1_PR) != 0;
+    struct pt_entry e = {.addr = entry & PT_ADDRESS, .present = present, .size_lg2 = (uint8_t)item};
     e.perm = (uint8_t)((entry & PT_AMDV1_IR ? PT_READ : 0) | (entry & PT_AMDV1_IW ? PT_WRITE : 0));
     if (next != 0 && next != PT_AMDV1_NEXT_SIZE) {
         e.next_level = (uint8_t)next;
@@ -165,8 +166,8 @@ static inline uint64_t pt_make_table(int format, unsigned level, uint64_t phys)
     return phys | PT_AMDV1_PR | PT_AMDV1_IR | PT_AMDV1_IW | (uint64_t)(level - 1) << PT_AMDV1_NEXT_SHIFT;
 }
 
-/* The bits of a leaf but for its address. x86_64 has no read bit: write implies read. Its leaves are born accessed, and
- * the writable ones dirty, so that no walker has to write them. */
+/* The bits of a leaf but for its address. x86_64 has no read bit: write implies read. Its leaves are born accessed,
+ * and the writable ones dirty, so that no walker has to write them. */
 static inline uint64_t pt_leaf_attributes(int format, unsigned level, unsigned size_lg2, unsigned perm)
 {
     if (format == PT_AMDV1) {

@@ -81,7 +81,9 @@ static unsigned levels_for(uint64_t last)
 static bool config_is_valid(const struct pt_config *c, unsigned input_bits, unsigned output_bits)
 {
     static const uint8_t fewest[] = {4, 3, 1}, most[] = {5, 5, 6};
-    if (c->format < PT_X86_64 || c->format > PT_AMDV1 || c->alloc_page == NULL || c->free_page == NULL || c->space == NULL)
+    if (c->format < PT_X86_64 || c->format > PT_AMDV1)
+        return false;
+    if (c->alloc_page == NULL || c->free_page == NULL || c->space == NULL)
         return false;
     if (c->levels < fewest[c->format] || c->levels > most[c->format])
         return false;

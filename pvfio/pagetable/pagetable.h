@@ -1,14 +1,14 @@
 /*
  * Radix page tables: one algorithm over three formats (format.h).
  *
- * A table belongs to one writer at a time: calls that change it are serialised by its owner. Hardware walkers read the
- * entries meanwhile: every entry is a 64-bit atomic, a table is published after its entries, and the root and its
- * level are one word. Table pages come from the owner's allocator. A page that unmap empties is unhooked at once and
+ * A table belongs to one writer at a time: calls that change it are serialised by its owner. Hardware walkers read
+ * the entries meanwhile: every entry is a 64-bit atomic, a table is published after its entries, and the root and
+ * its level are one word. Table pages come from the owner's allocator. A page that unmap empties is unhooked at once and
  * waits on a list inside the table; pt_release_detached, to be called after the flush, hands it back.
  *
  * Beside each table page stands a node in process memory: the number of its leaves, its children, and its address.
- * So a table is known to be empty without looking at 512 entries, and what software follows cannot be bent by a device
- * that scribbles over guest memory.
+ * So a table is known to be empty without looking at 512 entries, and what software follows cannot be bent by a
+ * device that scribbles over guest memory.
  *
  * Not modelled: changing a leaf's permission in place, splitting a large leaf, dirty tracking.
  */
@@ -70,12 +70,12 @@ struct pt_table *pt_create(const struct pt_config *config, int *error);
 void pt_destroy(struct pt_table *table);
 
 /* All or nothing: 0, or the negative errno with nothing mapped (and no leaf ever shown to a walker):
- * EINVAL size 0 or no permission, EOVERFLOW iova + size wraps, ENXIO not aligned to the smallest page size, ERANGE beyond
- * the input or output width, EADDRINUSE overlaps a mapping, ENOMEM no table page. Tables made in vain wait on the
- * list as unmapped ones do; amdv1's top stays grown. */
+ * EINVAL size 0 or no permission, EOVERFLOW iova + size wraps, ENXIO not aligned to the smallest page size, ERANGE
+ * beyond the input or output width, EADDRINUSE overlaps a mapping, ENOMEM no table page. Tables made in vain wait on
+ * the list as unmapped ones do; amdv1's top stays grown. */
 int pt_map_range(struct pt_table *table, uint64_t iova, uint64_t phys, uint64_t size, uint32_t perm);
-/* 0 and how many bytes; or -EINVAL, -EOVERFLOW, -ENXIO, -ERANGE as above. Holes are passed over. A leaf that begins in the
- * range goes whole; when the range begins inside a leaf nothing is unmapped. */
+/* 0 and how many bytes; or -EINVAL, -EOVERFLOW, -ENXIO, -ERANGE as above. Holes are passed over. A leaf that begins
+ * in the range goes whole; when the range begins inside a leaf nothing is unmapped. */
 int pt_unmap_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *unmapped);
 uint64_t pt_release_detached(struct pt_table *table);
 

@@ -236,7 +236,8 @@ PT_INLINE unsigned pt_coded_lg2(uint64_t entry, unsigned level)
  * compare-and-swap from the value it read, which cannot succeed once the entry is 0, and no bit it could have set in
  * between is asked for.
  */
-PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, unsigned end, uint64_t *unmapped, bool *stop)
+PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, unsigned end, uint64_t *unmapped,
+                            bool *stop)
 {
     unsigned level = node->level, item = pt_item_lg2(level), i = pt_index(level, iova), cleared = 0;
     bool has_children = level > 1 && node->children != 0;

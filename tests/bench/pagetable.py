@@ -47,7 +47,7 @@ def measure(
 def plain_stores(pages: int) -> float:
     """Median ns of a loop that stores that many entries."""
     calls = 20000 // pages
-    return statistics.median(lib.pt_bench_stores(pages, calls) / calls for _ in range(31))
+    return statistics.median(float(lib.pt_bench_stores(pages, calls)) / calls for _ in range(31))
 
 
 def main() -> None:

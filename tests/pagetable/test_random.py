@@ -83,12 +83,10 @@ def test_1000_random_maps_and_unmaps(
     assert memory.stats().table_pages == before + 1
 
 
-WHERE = {
-    "base": st.integers(0, 2),
-    "block": st.integers(0, 2),
-    "page": st.sampled_from((0, 0, 1, 16, 256, 511)),
-    "size": st.sampled_from((1, 1, 2, 3, 16, 100, 511, 512, 513, 1024)),
-}
+# Where a rule works: base, 2 MiB block, page in it, pages.
+BASE, BLOCK = st.integers(0, 2), st.integers(0, 2)
+PAGE = st.sampled_from((0, 0, 1, 16, 256, 511))
+SIZE = st.sampled_from((1, 1, 2, 3, 16, 100, 511, 512, 513, 1024))
 
 
 class TableMachine(RuleBasedStateMachine):
@@ -110,12 +108,19 @@ class TableMachine(RuleBasedStateMachine):
     def place(self, base: int, block: int, page: int) -> int:
         return self.bases[base % len(self.bases)] + block * M2 + page * K4
 
-    @rule(**WHERE, skew=st.sampled_from((0, 0, 1, 16, 512)), perm=st.sampled_from(PERMS))
+    @rule(
+        base=BASE,
+        block=BLOCK,
+        page=PAGE,
+        size=SIZE,
+        skew=st.sampled_from((0, 0, 1, 16, 512)),
+        perm=st.sampled_from(PERMS),
+    )
     def map(self, base: int, block: int, page: int, size: int, skew: int, perm: Perm) -> None:
         iova = self.place(base, block, page)
         apply_map(self.table, self.model, iova, (iova + skew * K4) % (1 << 51), size * K4, perm)
 
-    @rule(**WHERE)
+    @rule(base=BASE, block=BLOCK, page=PAGE, size=SIZE)
     def unmap(self, base: int, block: int, page: int, size: int) -> None:
         iova = self.place(base, block, page)
         assert self.table.unmap_range(iova, size * K4) == self.model.unmap(iova, size * K4)
@@ -125,8 +130,8 @@ class TableMachine(RuleBasedStateMachine):
         waiting = self.table.stats().detached
         assert self.table.release_detached() == waiting
 
-    @rule(**WHERE)
-    def look(self, base: int, block: int, page: int, size: int) -> None:
+    @rule(base=BASE, block=BLOCK, page=PAGE)
+    def look(self, base: int, block: int, page: int) -> None:
         check_page(self.table, self.model, self.place(base, block, page))
 
     @invariant()

@@ -307,7 +307,7 @@ def test_tables_that_cannot_be(memory: GuestMemory, name: str) -> None:
     fmt, options = BAD_CONFIGURATIONS[name]
     before = memory.stats()
     with pytest.raises(ValueError):
-        PageTable(fmt, memory, owner="guest", **options)  # type: ignore[arg-type]
+        PageTable(fmt, memory, owner="guest", **options)
     assert memory.stats() == before
 
 
