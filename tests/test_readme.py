@@ -17,7 +17,7 @@ def test_the_program_is_the_example() -> None:
 
 
 def test_the_two_commands_are_there() -> None:
-    reader = [sys.executable, ROOT / ".ci" / "readme_commands.py"]
+    reader = [sys.executable, str(ROOT / ".ci" / "readme_commands.py")]
     first = subprocess.run([*reader, "1"], capture_output=True, text=True, check=True).stdout
     second = subprocess.run([*reader, "2"], capture_output=True, text=True, check=True).stdout
     assert "pip install" in first

@@ -95,7 +95,7 @@ async def test_only_memory_that_can_be_pinned(backend: Any) -> None:
         spare = np.zeros(3 * PAGE, np.uint8)
         skip = -spare.ctypes.data % PAGE
         copy = (await device.container.alloc(PAGE, map=False)).copy()
-        for foreign in (spare[skip : skip + PAGE], memoryview(spare)[skip : skip + PAGE]):
+        for foreign in (spare[skip : skip + PAGE], spare.data[skip : skip + PAGE]):
             with pytest.raises(VfioError) as error:
                 await device.container.map_dma(BASE, foreign)
             assert error.value.errno == errno.EFAULT

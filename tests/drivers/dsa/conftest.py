@@ -89,7 +89,9 @@ def running() -> RunningMaker:
     return open_running
 
 
-@pytest.fixture(params=[("intel", "inline"), ("intel", "thread"), ("amd", "inline"), ("amd", "thread")], ids="-".join)
+@pytest.fixture(
+    params=[("intel", "inline"), ("intel", "thread"), ("amd", "inline"), ("amd", "thread")], ids="-".join
+)
 def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Platform and engine."""
     chosen: tuple[str, str] = request.param

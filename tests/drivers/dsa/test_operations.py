@@ -57,7 +57,12 @@ async def test_memmove_overlaps_both_ways(running: Any, kind: Kind) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "period"),
-    [(0x0123456789ABCDEF, bytes.fromhex("efcdab8967452301")), (b"\x5a", b"\x5a"), (b"abcd", b"abcd"), (0, b"\0")],
+    [
+        (0x0123456789ABCDEF, bytes.fromhex("efcdab8967452301")),
+        (b"\x5a", b"\x5a"),
+        (b"abcd", b"abcd"),
+        (0, b"\0"),
+    ],
 )
 async def test_fill_repeats_the_pattern_and_cuts_the_last_one(
     running: Any, kind: Kind, pattern: Any, period: bytes
@@ -118,7 +123,9 @@ async def test_nowait_twins_leave_the_answer_in_the_record(running: Any) -> None
         copied = r.wq.copy_crc_nowait(b, a, SIZE)
         assert summed.poll()
         assert copied.poll()
-        assert summed.records[0]["crc_val"] == copied.records[0]["crc_val"] == google_crc32c.value(a.tobytes())
+        assert (
+            summed.records[0]["crc_val"] == copied.records[0]["crc_val"] == google_crc32c.value(a.tobytes())
+        )
         assert r.wq.fill_nowait(b, b"\x11", SIZE).poll()
         assert np.all(b == 0x11)
 
@@ -210,6 +217,7 @@ async def test_completion_is_one_of_three(running: Any) -> None:
 
 async def test_operations_of_many_tasks_at_once(running: Any, kind: Kind) -> None:
     async with running(*kind) as r:
+
         async def work(seed: int) -> None:
             a = await r.container.alloc(4096)
             b = await r.container.alloc(4096)
