@@ -28,9 +28,9 @@ _GUID = uuid.UUID("6a1cb2c4-0f3e-4d35-9a70-3b5f1c2d4e5f")
 class Type1Machine:
     """The room type1 lives in. ``groups[i]`` holds the device whose bus master is ``buses[i]``."""
 
-    def __init__(self, *, ram: int = 64 << 20, width: int = 48) -> None:
+    def __init__(self, *, ram: int = 64 << 20, devices: int = 2) -> None:
         self.memory = GuestMemory(ram, host_private=16 << 20)
-        self.hypervisor = Hypervisor(self.memory, IommuConfig(max_iova_width=width))
+        self.hypervisor = Hypervisor(self.memory, IommuConfig())
         self.calls: list[int] = []
         self.interrupt: BaseException | None = None
         self.transport = HypercallTransport(self.memory, self.hypercall, 2)
@@ -41,7 +41,7 @@ class Type1Machine:
         registry = LogicalIdRegistry()
         registry.register(0, logical_id_prefix(_GUID.bytes_le))
         self.buses: list[BusMaster] = []
-        for function in range(2):
+        for function in range(devices):
             channel.plug(function, self._make_device)
         self.groups: list[IommuGroup] = []
         for device in enumerate_bus(channel, registry):

@@ -114,6 +114,7 @@ def test_overlap_before_memlock(type1_machine: Any) -> None:
     assert errno_of(room.type1.map, MAPPED, room.v, PAGE, 3) == errno.EEXIST
     assert errno_of(room.type1.map, 0x20_0000, room.v, PAGE, 3) == errno.ENOMEM
     assert errno_of(room.type1.map, 0x20_0000, FAULTY, PAGE, 3) == errno.EFAULT
+    assert type1_machine.memory.stats().pins == 1
 
 
 def test_entry_limit(type1_machine: Any) -> None:
