@@ -4,15 +4,14 @@
  * it is split in half. A node that falls below a third is merged with a sibling, or filled from it.
  */
 #include "mappings.h"
+#include "node_pool.h"
 
 #include <errno.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#define NODE_BYTES 1024u
 #define LEAF_MAX 31u
 #define LEAF_MIN 12u
 #define LEAF_MERGE 28u /* merge only into a node that keeps room for a few inserts */
@@ -22,10 +21,6 @@
 #define MAX_HEIGHT 16u
 #define COOKIE_BITS 56u
 #define COOKIE_MASK ((UINT64_C(1) << COOKIE_BITS) - 1)
-
-#define FIRST_CHUNK ((size_t)16384)
-#define MAX_CHUNK ((size_t)8 << 20)
-#define HUGE_PAGE ((size_t)2 << 20)
 
 struct entry {
     uint64_t iova;
@@ -51,27 +46,11 @@ struct inner {
 _Static_assert(sizeof(struct leaf) == NODE_BYTES, "a leaf is one node");
 _Static_assert(sizeof(struct inner) == NODE_BYTES, "an inner node is one node");
 
-struct free_node {
-    struct free_node *next;
-};
-
-struct chunk {
-    struct chunk *next;
-    uint8_t *base;
-    size_t size;
-};
-
 struct pv_mappings {
     void *root; /* NULL while empty */
     uint32_t height; /* inner levels above the leaves */
     uint64_t count;
-    struct free_node *free;
-    uint64_t nfree;
-    uint8_t *fresh; /* the newest chunk's nodes that were never used */
-    uint64_t nfresh;
-    struct chunk *chunks;
-    uint64_t bytes;
-    uint64_t max_bytes;
+    struct node_pool pool;
 };
 
 /* From the root to a place in a leaf. */
@@ -81,105 +60,6 @@ struct path {
     struct leaf *leaf;
     uint32_t pos;
 };
-
-/* Memory. */
-
-static uint8_t *chunk_map(size_t size)
-{
-    size_t slack = size >= HUGE_PAGE ? HUGE_PAGE : 0;
-    uint8_t *raw = mmap(NULL, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (raw == MAP_FAILED)
-        return NULL;
-    if (!slack)
-        return raw;
-    size_t lead = (HUGE_PAGE - ((uintptr_t)raw & (HUGE_PAGE - 1))) & (HUGE_PAGE - 1);
-    if (lead)
-        munmap(raw, lead);
-    if (slack > lead)
-        munmap(raw + lead + size, slack - lead);
-    madvise(raw + lead, size, MADV_HUGEPAGE);
-    return raw + lead;
-}
-
-static bool chunk_add(struct pv_mappings *m)
-{
-    size_t size = (size_t)m->bytes / 2;
-    if (size > MAX_CHUNK)
-        size = MAX_CHUNK;
-    if (size < FIRST_CHUNK)
-        size = FIRST_CHUNK;
-    size &= ~((size >= HUGE_PAGE ? HUGE_PAGE : (size_t)4096) - 1);
-    if (m->max_bytes && (m->bytes > m->max_bytes || size > m->max_bytes - m->bytes))
-        return false;
-    struct chunk *chunk = malloc(sizeof(*chunk));
-    if (!chunk)
-        return false;
-    chunk->base = chunk_map(size);
-    if (!chunk->base) {
-        free(chunk);
-        return false;
-    }
-    chunk->size = size;
-    chunk->next = m->chunks;
-    m->chunks = chunk;
-    m->bytes += size;
-    m->fresh = chunk->base;
-    m->nfresh = size / NODE_BYTES;
-    return true;
-}
-
-/* Frees the chunks, but for the first and smallest where keep says so, and with them every node. */
-static void chunks_drop(struct pv_mappings *m, bool keep)
-{
-    while (m->chunks && !(keep && !m->chunks->next)) {
-        struct chunk *chunk = m->chunks;
-        m->chunks = chunk->next;
-        m->bytes -= chunk->size;
-        munmap(chunk->base, chunk->size);
-        free(chunk);
-    }
-    m->free = NULL;
-    m->nfree = 0;
-    m->fresh = m->chunks ? m->chunks->base : NULL;
-    m->nfresh = m->chunks ? m->chunks->size / NODE_BYTES : 0;
-}
-
-static void node_free(struct pv_mappings *m, void *node)
-{
-    struct free_node *entry = node;
-    entry->next = m->free;
-    m->free = entry;
-    m->nfree++;
-}
-
-/* Makes sure that the next n calls of node_get succeed. */
-static bool nodes_reserve(struct pv_mappings *m, uint64_t n)
-{
-    while (m->nfree + m->nfresh < n) {
-        while (m->nfresh) {
-            node_free(m, m->fresh);
-            m->fresh += NODE_BYTES;
-            m->nfresh--;
-        }
-        if (!chunk_add(m))
-            return false;
-    }
-    return true;
-}
-
-static void *node_get(struct pv_mappings *m)
-{
-    if (m->free) {
-        struct free_node *node = m->free;
-        m->free = node->next;
-        m->nfree--;
-        return node;
-    }
-    void *node = m->fresh;
-    m->fresh += NODE_BYTES;
-    m->nfresh--;
-    return node;
-}
 
 /* Search. */
 
@@ -361,7 +241,7 @@ static void link_right(struct pv_mappings *m, struct path *path, uint32_t level,
             inner_put(node, at, key, child);
             return;
         }
-        struct inner *right = node_get(m);
+        struct inner *right = node_pool_get(&m->pool);
         uint32_t keep = edge > 0 ? INNER_MAX - 1 : edge < 0 ? 2 : (INNER_MAX + 1) / 2;
         right->count = INNER_MAX - keep;
         inner_copy(right, 0, node, keep, right->count);
@@ -374,7 +254,7 @@ static void link_right(struct pv_mappings *m, struct path *path, uint32_t level,
         key = separator;
         child = right;
     }
-    struct inner *root = node_get(m);
+    struct inner *root = node_pool_get(&m->pool);
     root->count = 2;
     root->key[0] = 0;
     root->child[0] = m->root;
@@ -394,7 +274,7 @@ static void leaf_put(struct leaf *leaf, uint32_t at, const struct entry *entry)
 static void leaf_split_put(struct pv_mappings *m, struct path *path, const struct entry *entry)
 {
     struct leaf *leaf = path->leaf;
-    struct leaf *right = node_get(m);
+    struct leaf *right = node_pool_get(&m->pool);
     int edge = 0;
     uint32_t keep = (LEAF_MAX + 1) / 2;
     if (path->pos == LEAF_MAX && on_edge(m, path, true)) {
@@ -434,9 +314,9 @@ int pv_mappings_insert(struct pv_mappings *m, uint64_t iova, uint64_t size, uint
         return -EOVERFLOW;
     struct entry entry = {iova, iova + (size - 1), vaddr, (uint64_t)flags << COOKIE_BITS | cookie};
     if (!m->root) {
-        if (!nodes_reserve(m, 1))
+        if (!node_pool_reserve(&m->pool, 1))
             return -ENOMEM;
-        struct leaf *leaf = node_get(m);
+        struct leaf *leaf = node_pool_get(&m->pool);
         leaf->count = 1;
         leaf->e[0] = entry;
         m->root = leaf;
@@ -453,7 +333,7 @@ int pv_mappings_insert(struct pv_mappings *m, uint64_t iova, uint64_t size, uint
     if (path.leaf->count < LEAF_MAX) {
         leaf_put(path.leaf, path.pos, &entry);
     } else {
-        if (m->height == MAX_HEIGHT || !nodes_reserve(m, nodes_needed(m, &path)))
+        if (m->height == MAX_HEIGHT || !node_pool_reserve(&m->pool, nodes_needed(m, &path)))
             return -ENOMEM;
         leaf_split_put(m, &path, &entry);
     }
@@ -532,14 +412,14 @@ static void rebalance(struct pv_mappings *m, struct path *path)
         if (!merged)
             return;
         inner_drop(parent, left + 1);
-        node_free(m, b);
+        node_pool_put(&m->pool, b);
         small = parent->count < INNER_MIN;
     }
     while (m->height && ((struct inner *)m->root)->count == 1) {
         struct inner *root = m->root;
         m->root = root->child[0];
         m->height--;
-        node_free(m, root);
+        node_pool_put(&m->pool, root);
     }
 }
 
@@ -569,13 +449,13 @@ struct pv_mappings *pv_mappings_create(uint64_t max_bytes)
 {
     struct pv_mappings *m = calloc(1, sizeof(*m));
     if (m)
-        m->max_bytes = max_bytes;
+        m->pool.max_bytes = max_bytes;
     return m;
 }
 
 void pv_mappings_clear(struct pv_mappings *m)
 {
-    chunks_drop(m, true);
+    node_pool_drop(&m->pool, true);
     m->root = NULL;
     m->height = 0;
     m->count = 0;
@@ -585,7 +465,7 @@ void pv_mappings_destroy(struct pv_mappings *m)
 {
     if (!m)
         return;
-    chunks_drop(m, false);
+    node_pool_drop(&m->pool, false);
     free(m);
 }
 
@@ -596,7 +476,7 @@ uint64_t pv_mappings_count(const struct pv_mappings *m)
 
 uint64_t pv_mappings_bytes(const struct pv_mappings *m)
 {
-    return m->bytes;
+    return m->pool.bytes;
 }
 
 /* The entries of one leaf: 0, or what is wrong. `low` and `high` (inclusive) are what the separators promise. */
