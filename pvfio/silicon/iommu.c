@@ -8,6 +8,7 @@
 #include "iommu.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -152,6 +153,15 @@ static void requester_leave(struct pv_bus *bus)
     pv_section_leave(&((struct requester *)bus)->section);
 }
 
+/* One more in an eventfd's counter. A full one stays full, whoever made it blocking: an engine must not wait for a user. */
+static int ring(int fd)
+{
+    struct pollfd ready = {.fd = fd, .events = POLLOUT};
+    if (poll(&ready, 1, 0) == 0)
+        return 0;
+    return eventfd_write(fd, 1);
+}
+
 /* A remappable or compatibility format message (VT-d 5.1): here, what the host registered for the data. */
 static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
 {
@@ -160,7 +170,7 @@ static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
     if (addr >= PV_MSI_START && addr <= PV_MSI_END && data < MAX_MSI_DATA) {
         pthread_mutex_lock(&r->msi_lock);
         if (r->msi_fd[data] >= 0)
-            sent = eventfd_write(r->msi_fd[data], 1) ? -EFAULT : 0;
+            sent = ring(r->msi_fd[data]) ? -EFAULT : 0;
         pthread_mutex_unlock(&r->msi_lock);
     }
     if (sent) {
