@@ -76,25 +76,33 @@ class DsaDevice(PciFunction):
         self._registers = Registers(config, self._dsa, self._command, self._permissions)
         self._commands = Commands(config, self._registers, self._dsa, self)
         self._commands.release_all_handles()
-        self._send, self._receive = trio.open_memory_channel[int](1)
+        # Commands on their way to the task, each with the number of resets before it.
+        self._send, self._receive = trio.open_memory_channel[tuple[int, int]](1)
+        self._resets = 0
         self._running: trio.CancelScope | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Executes commands until cancelled. A reset ends the command it finds, not the task."""
         task_status.started()
-        async for value in self._receive:
+        async for resets, value in self._receive:
+            if resets != self._resets:
+                continue
             with trio.CancelScope() as self._running:
                 error, result = await self._commands.execute(value)
-                self._registers.cmdsts = error | result << lib.IDXD_CMDSTS_RES_SHIFT
-                if value & lib.IDXD_CMD_INT_REQ:
-                    lib.pv_dsa_cause(self._dsa, lib.IDXD_INTC_CMD)
+                if resets == self._resets:
+                    self._complete(value, error, result)
             self._running = None
+
+    def _complete(self, value: int, error: int, result: int) -> None:
+        self._registers.cmdsts = error | result << lib.IDXD_CMDSTS_RES_SHIFT
+        if value & lib.IDXD_CMD_INT_REQ:
+            lib.pv_dsa_cause(self._dsa, lib.IDXD_INTC_CMD)
 
     def _command(self, value: int) -> None:
         """A store to CMD. While a command is active it is dropped (Intel DSA 1.2 9.2.12)."""
         if not self._registers.cmdsts & lib.IDXD_CMDSTS_ACTIVE:
             self._registers.cmdsts = lib.IDXD_CMDSTS_ACTIVE
-            self._send.send_nowait(value)
+            self._send.send_nowait((self._resets, value))
 
     def _permissions(self, vector: int) -> None:
         self._commands.update_handle(vector)
@@ -128,6 +136,7 @@ class DsaDevice(PciFunction):
 
     def on_reset(self) -> None:
         """Everything as after power-on; a command in progress is forgotten."""
+        self._resets += 1
         if self._running is not None:
             self._running.cancel()
         with contextlib.suppress(trio.WouldBlock):

@@ -75,6 +75,7 @@ struct pv_dsa *pv_dsa_create(const struct pv_dsa_config *config, struct pv_bus *
         pv_dsa_destroy(dsa);
         return NULL;
     }
+    atomic_store_explicit(&dsa->ready, true, memory_order_release);
     return dsa;
 }
 

@@ -106,6 +106,7 @@ struct pv_dsa {
     struct pv_engine *engine;
     struct pv_mmio portals;
     bool threaded;
+    _Atomic bool ready; /* `engine` is set: its thread may look before pv_engine_create has returned */
     uint32_t flags; /* descriptor flags GENCAP allows */
     _Atomic uint32_t decode;
     _Atomic uint32_t watch;

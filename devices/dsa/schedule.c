@@ -97,6 +97,8 @@ int dsa_step(void *device)
 {
     struct pv_dsa *dsa = device;
     bool progress = false;
+    if (!atomic_load_explicit(&dsa->ready, memory_order_acquire))
+        return PV_STEP_IDLE;
     for (uint32_t i = 0; i < dsa->config.engines; i++) {
         struct dsa_slot *slot = &dsa->slot[dsa->next_slot];
         int answer = run_slot(dsa, slot);
