@@ -1,9 +1,10 @@
 """The driver of one DSA function: bringing it up, taking work back, recovery, shutting down.
 
-It owns the whole function (no PASIDs), uses MSI-X vector 0 for nothing but to be reported and vectors 1 and
-up for its WQs. Where a device cannot be made to stop by an abort, the driver resets the device, then the
-function, and at last gives the device back, which moves it to the blocking domain: only then is memory that
-was named to it free.
+It owns the whole function (no PASIDs) and uses MSI-X vectors 1 and up for its WQs; vector 0 is enabled and
+left to whoever wants to listen for errors. Where a device cannot be made to stop by an abort, the driver
+resets the device, then the function, and at last closes it, which takes its right to do DMA away; leaving
+its group, it is then behind the blocking domain. Only when one of these has worked is memory that was named
+to it free.
 
 Not here: the event log, performance counters, power management.
 """
@@ -248,8 +249,8 @@ class DsaDriver:
             wq._pause()
         if await self._first_that_works(self._revive, self._revive_function):
             return
-        await self._move_away(reason)
-        raise DeviceFailed(self.device.name, "it cannot be reset; it was moved away from memory")
+        done = await self._give_up(reason)
+        raise DeviceFailed(self.device.name, f"it cannot be reset; {done}")
 
     async def _revive(self) -> None:
         await self._command(lib.IDXD_CMD_RESET_DEVICE)
@@ -270,15 +271,17 @@ class DsaDriver:
             return True
         return False
 
-    async def _move_away(self, reason: str) -> None:
-        """The last resort: the device goes to the blocking domain. Where not even that is known to be done,
-        arrays are held.
+    async def _give_up(self, reason: str) -> str:
+        """The last resort: closing takes the right to do DMA away. Where even that fails, arrays are held.
+        What was done.
         """
         for wq in self.wqs:
             wq._close("failed")
-        if not await self._first_that_works(self._close_device):
+        closed = await self._first_that_works(self._close_device)
+        if not closed:
             self._hold()
         self._sweep(reason)
+        return "it was closed and does no DMA" if closed else "it may still do DMA: its buffers are held"
 
     def _sweep(self, reason: str) -> None:
         for wq in self.wqs:
@@ -330,7 +333,7 @@ class DsaDriver:
             if await self._first_that_works(abort):
                 return
             if not submission.done:
-                await self._reset_all("the driver, which moved the device away")
+                await self._reset_all("the driver, which gave the device up")
 
     # Recovery
 

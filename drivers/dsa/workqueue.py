@@ -342,8 +342,9 @@ class SubmissionQueue:
         """Returns only when the device can no longer touch what the submission named.
 
         First the descriptors get ``grace`` seconds (the driver's) to end by themselves, then the WQ is
-        aborted, then the device reset, then moved away from memory. Shielded from cancellation; every step
-        has a deadline.
+        aborted, then the device reset, then the function, and at last the device is closed, which takes its
+        right to do DMA away: then, and when not even that works, ``DeviceFailed``. Shielded from
+        cancellation; every step has a deadline.
         """
         with trio.CancelScope(shield=True):
             seconds = self.driver.grace if grace is None else grace
