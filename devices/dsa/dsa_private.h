@@ -41,8 +41,12 @@ struct dsa_portal_slot {
 };
 
 struct dsa_wq {
+    _Atomic uint64_t head; /* the engine's; apart from what submitters write */
+    uint32_t priority, credit;
+    uint8_t apart[64];
     struct dsa_lock lock;
     uint32_t state; /* IDXD_WQ_STATE_*: submissions are taken while enabled */
+    _Atomic uint64_t tail;
     uint32_t size, threshold;
     bool dedicated, bof;
     uint64_t max_xfer;
@@ -51,8 +55,6 @@ struct dsa_wq {
     uint64_t op_config[4];
     struct dsa_hw_desc *ring;
     uint8_t *portal; /* of each descriptor in the ring: the page it came through */
-    uint32_t priority, credit;
-    _Atomic uint64_t tail, head;
     struct dsa_portal_slot slot[DSA_PORTAL_SLOTS];
 };
 
