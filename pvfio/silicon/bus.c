@@ -45,10 +45,9 @@ static inline uint64_t min64(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-static inline int begin(struct pv_dma *dma)
+static inline void begin(struct pv_dma *dma)
 {
     *dma = (struct pv_dma){0};
-    return 0;
 }
 
 static int fault(struct pv_dma *dma, uint64_t iova, uint32_t perm)
@@ -143,11 +142,14 @@ static inline int translate_pair(struct section *s, uint64_t dst, uint32_t dst_p
     return result;
 }
 
-int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
-                     struct pv_dma *dma)
+/* Called for every pair of pieces of two ranges, inside a section; not zero ends the walk with that value. */
+typedef int (*pair_fn)(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, struct pv_dma *dma);
+
+static inline __attribute__((always_inline)) int walk_pair(struct pv_bus *bus, uint64_t a, uint32_t a_perm, uint64_t b,
+                                                           uint64_t n, pair_fn fn, void *arg, struct pv_dma *dma)
 {
     struct section s;
-    struct pv_span to, from;
+    struct pv_span at_a, at_b;
     begin(dma);
     if (!n)
         return 0;
@@ -155,23 +157,41 @@ int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n,
     if (result)
         return result;
     for (;;) {
-        result = translate_pair(&s, dst + dma->done, PV_DMA_WRITE, &to, src + dma->done, &from, n - dma->done, dma);
+        result = translate_pair(&s, a + dma->done, a_perm, &at_a, b + dma->done, &at_b, n - dma->done, dma);
         if (result)
             break;
-        memmove(to.ptr, from.ptr, to.len);
-        if (fn)
-            result = fn(arg, to.ptr, to.len);
+        result = fn(arg, at_a.ptr, at_b.ptr, at_a.len, dma);
         if (result)
             break;
-        dma->done += to.len;
+        dma->done += at_a.len;
         if (dma->done == n)
             break;
-        result = section_use(&s, to.len);
+        result = section_use(&s, at_a.len);
         if (result)
             return result;
     }
     section_close(&s);
     return result;
+}
+
+struct tap {
+    pv_span_fn fn;
+    void *arg;
+};
+
+static int copy_pair(void *arg, uint8_t *dst, const uint8_t *src, uint64_t len, struct pv_dma *dma)
+{
+    const struct tap *tap = arg;
+    (void)dma;
+    memmove(dst, src, len);
+    return tap->fn ? tap->fn(tap->arg, dst, len) : 0;
+}
+
+int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
+                     struct pv_dma *dma)
+{
+    struct tap tap = {fn, arg};
+    return walk_pair(bus, dst, PV_DMA_WRITE, src, n, copy_pair, &tap, dma);
 }
 
 /* Bytes of [address, address + n) in the page of its last byte. */
@@ -261,34 +281,18 @@ static uint64_t first_difference(const uint8_t *a, const uint8_t *b, uint64_t n)
     return i;
 }
 
+static int compare_pair(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, struct pv_dma *dma)
+{
+    (void)arg;
+    if (!memcmp(a, b, len))
+        return 0;
+    dma->done += first_difference(a, b, len);
+    return 1;
+}
+
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma)
 {
-    struct section s;
-    struct pv_span one, other;
-    begin(dma);
-    if (!n)
-        return 0;
-    int result = section_open(&s, bus);
-    if (result)
-        return result;
-    for (;;) {
-        result = translate_pair(&s, b + dma->done, PV_DMA_READ, &other, a + dma->done, &one, n - dma->done, dma);
-        if (result)
-            break;
-        if (memcmp(one.ptr, other.ptr, other.len)) {
-            dma->done += first_difference(one.ptr, other.ptr, other.len);
-            result = 1;
-            break;
-        }
-        dma->done += other.len;
-        if (dma->done == n)
-            break;
-        result = section_use(&s, other.len);
-        if (result)
-            return result;
-    }
-    section_close(&s);
-    return result;
+    return walk_pair(bus, b, PV_DMA_READ, a, n, compare_pair, NULL, dma);
 }
 
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)

@@ -1,0 +1,232 @@
+/*
+ * Requesters: device contexts, translation through the IOTLB, interrupt messages (see iommu.h).
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "iommu_private.h"
+
+#define MAX_MSI_DATA 4096
+#define IOVA_BITS 57
+
+/* With the requester's section open: the domain stays. */
+static int log_reason(struct requester *r, uint64_t iova, uint32_t perm, uint8_t reason)
+{
+    struct pv_fault fault = {.iova = iova, .perm = (uint8_t)perm, .reason = reason};
+    pv_iommu_log(r, &fault);
+    return -EFAULT;
+}
+
+static const struct walk_context *context_of(const struct pv_domain *domain)
+{
+    static const struct walk_context blocked = {PV_DOMAIN_BLOCKED, 0, 0};
+    return domain ? &domain->context : &blocked;
+}
+
+/* A large page that reaches into the interrupt window ends there. */
+static inline struct pv_span span_of(uint8_t *ptr, uint64_t iova, unsigned lg2)
+{
+    uint64_t size = 1ull << lg2, last = iova | (size - 1);
+    if (iova < PV_MSI_START && last >= PV_MSI_START)
+        last = PV_MSI_START - 1;
+    return (struct pv_span){ptr, last - iova + 1};
+}
+
+static int translate_miss(struct requester *r, struct pv_domain *domain, uint64_t iova, uint32_t perm,
+                          struct pv_span *span)
+{
+    struct walk_result result;
+    struct pv_fault fault = {.iova = iova, .perm = (uint8_t)perm};
+    if (pv_walk(&r->iommu->host, context_of(domain), iova, perm, &result, &fault, NULL)) {
+        pv_iommu_log(r, &fault);
+        return -EFAULT;
+    }
+    uint64_t offset = iova & ((1ull << result.lg2) - 1);
+    uint64_t data = (uint64_t)(uintptr_t)(result.ptr - offset) | result.perm;
+    tlb_insert(&r->tlb, domain->tag, iova, result.lg2, data, r->sequence);
+    *span = span_of(result.ptr, iova, result.lg2);
+    return 0;
+}
+
+static int requester_translate(struct pv_bus *bus, uint64_t iova, uint32_t perm, struct pv_span *span)
+{
+    struct requester *r = (struct requester *)bus;
+    struct pv_domain *domain = atomic_load_explicit(&r->domain, memory_order_acquire);
+    if (iova >= PV_MSI_START && iova <= PV_MSI_END)
+        return log_reason(r, iova, perm, PV_FAULT_INTERRUPT_RANGE);
+    uint64_t data;
+    unsigned lg2;
+    if (domain && !(iova >> IOVA_BITS) && tlb_find(&r->tlb, domain->tag, iova, &data, &lg2) && !(perm & ~data)) {
+        uint64_t offset = iova & ((1ull << lg2) - 1);
+        tlb_bump(&r->tlb.hits);
+        *span = span_of((uint8_t *)(uintptr_t)(data & ~4095ull) + offset, iova, lg2);
+        return 0;
+    }
+    tlb_bump(&r->tlb.misses);
+    return translate_miss(r, domain, iova, perm, span);
+}
+
+static void requester_enter(struct pv_bus *bus)
+{
+    struct requester *r = (struct requester *)bus;
+    pv_section_enter(&r->section);
+    r->sequence = atomic_load(&r->tlb.sequence);
+}
+
+static void requester_leave(struct pv_bus *bus)
+{
+    pv_section_leave(&((struct requester *)bus)->section);
+}
+
+/* One more in an eventfd's counter. A full one stays full, whoever made it blocking: an engine must not wait for a user. */
+static int ring(int fd)
+{
+    struct pollfd ready = {.fd = fd, .events = POLLOUT};
+    if (poll(&ready, 1, 0) == 0)
+        return 0;
+    return eventfd_write(fd, 1);
+}
+
+/* A remappable or compatibility format message (VT-d 5.1): here, what the host registered for the data. */
+static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
+{
+    struct requester *r = (struct requester *)bus;
+    int sent = -EFAULT;
+    if (addr >= PV_MSI_START && addr <= PV_MSI_END && data < MAX_MSI_DATA) {
+        pthread_mutex_lock(&r->msi_lock);
+        if (r->msi_fd[data] >= 0)
+            sent = ring(r->msi_fd[data]) ? -EFAULT : 0;
+        pthread_mutex_unlock(&r->msi_lock);
+    }
+    if (sent) {
+        pv_section_enter(&r->section);
+        log_reason(r, addr, PV_DMA_WRITE, PV_FAULT_INTERRUPT);
+        pv_section_leave(&r->section);
+    }
+    return sent;
+}
+
+static void requester_destroy(struct pv_bus *bus)
+{
+    struct requester *r = (struct requester *)bus;
+    pv_requester_attach(bus, NULL);
+    for (uint32_t i = 0; i < MAX_MSI_DATA; i++)
+        if (r->msi_fd[i] >= 0)
+            close(r->msi_fd[i]);
+    free(r->msi_fd);
+    pthread_mutex_destroy(&r->msi_lock);
+    pv_iommu_destroy(r->iommu);
+    free(r);
+}
+
+static const struct pv_bus_ops requester_ops = {requester_translate, requester_enter, requester_leave, requester_msi,
+                                                requester_destroy};
+
+struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id)
+{
+    struct requester *r = calloc(1, sizeof(*r));
+    int *fds = malloc(MAX_MSI_DATA * sizeof(*fds));
+    if (!r || !fds) {
+        free(r);
+        free(fds);
+        return NULL;
+    }
+    for (uint32_t i = 0; i < MAX_MSI_DATA; i++)
+        fds[i] = -1;
+    r->bus.ops = &requester_ops;
+    atomic_init(&r->bus.references, 1);
+    r->iommu = iommu_get(iommu);
+    r->device_id = device_id;
+    r->msi_fd = fds;
+    pthread_mutex_init(&r->msi_lock, NULL);
+    return &r->bus;
+}
+
+int pv_requester_set_msi(struct pv_bus *requester, uint32_t data, int eventfd)
+{
+    struct requester *r = (struct requester *)requester;
+    if (data >= MAX_MSI_DATA)
+        return -EINVAL;
+    /* An eventfd of our own: whoever gave this one may close it, and its number may come back as another file. */
+    int own = eventfd < 0 ? -1 : dup(eventfd);
+    if (eventfd >= 0 && own < 0)
+        return -errno;
+    pthread_mutex_lock(&r->msi_lock);
+    int old = r->msi_fd[data];
+    r->msi_fd[data] = own;
+    pthread_mutex_unlock(&r->msi_lock);
+    if (old >= 0)
+        close(old);
+    return 0;
+}
+
+static void unlink_requester(struct requester *r, struct pv_domain *domain)
+{
+    struct requester **at = &domain->first;
+    while (*at != r)
+        at = &(*at)->next;
+    *at = r->next;
+    r->next = NULL;
+}
+
+int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain)
+{
+    struct requester *r = (struct requester *)requester;
+    if (domain && domain->iommu != r->iommu)
+        return -EINVAL;
+    bool last = false;
+    pthread_mutex_lock(&r->iommu->lock);
+    struct pv_domain *old = atomic_load(&r->domain);
+    if (old != domain) {
+        if (old)
+            unlink_requester(r, old);
+        atomic_store(&r->domain, domain);
+        if (domain) {
+            domain->references++;
+            r->next = domain->first;
+            domain->first = r;
+        }
+        atomic_fetch_add(&r->tlb.sequence, 1);
+        tlb_clear(&r->tlb);
+        pv_section_wait(&r->section);
+        last = old && pv_domain_drop(old);
+    }
+    pthread_mutex_unlock(&r->iommu->lock);
+    if (last)
+        pv_domain_free(old);
+    return 0;
+}
+
+void pv_requester_tlb_stats(struct pv_bus *requester, struct pv_tlb_stats *out)
+{
+    struct tlb *tlb = &((struct requester *)requester)->tlb;
+    *out = (struct pv_tlb_stats){.hits = atomic_load(&tlb->hits),
+                                 .misses = atomic_load(&tlb->misses),
+                                 .invalidations = atomic_load(&tlb->invalidations),
+                                 .entries = tlb_entries(tlb)};
+}
+
+int pv_requester_walk(struct pv_bus *requester, uint64_t iova, uint32_t perm, uint64_t *hpa, struct pv_fault *fault,
+                      struct pv_walk_step *steps, uint32_t max_steps, uint32_t *nsteps)
+{
+    struct requester *r = (struct requester *)requester;
+    struct walk_recorder recorder = {steps, steps ? max_steps : 0, 0};
+    struct walk_result result;
+    *fault = (struct pv_fault){.device_id = r->device_id, .iova = iova, .perm = (uint8_t)perm};
+    pthread_mutex_lock(&r->iommu->lock); /* so that the domain stays */
+    struct pv_domain *domain = atomic_load(&r->domain);
+    int error = -EFAULT;
+    fault->domain = domain ? domain->id : 0;
+    if (iova >= PV_MSI_START && iova <= PV_MSI_END)
+        fault->reason = PV_FAULT_INTERRUPT_RANGE;
+    else
+        error = pv_walk(&r->iommu->host, context_of(domain), iova, perm, &result, fault, &recorder);
+    pthread_mutex_unlock(&r->iommu->lock);
+    if (!error)
+        *hpa = result.hpa;
+    *nsteps = recorder.count;
+    return error;
+}
