@@ -1,5 +1,5 @@
 /*
- * Batch: descriptors in memory, fetched in pieces and run in order (Intel DSA 1.2 3.8, 8.3.2).
+ * Batch: descriptors in memory, fetched in pieces and run in order (Intel DSA 1.2 8.3.2).
  *
  * A member that fails does not end the batch; a fence after it does: the rest is abandoned. The batch says 0x05 then,
  * 0x06 when its list could not be read, and counts the members that were done. Hardware may run members side by

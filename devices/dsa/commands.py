@@ -1,4 +1,4 @@
-"""The commands of the CMD register and every reason to refuse one (Intel DSA 1.2 9.2.12, 9.2.13).
+"""The commands of the CMD register and every reason to refuse one (Intel DSA 1.2 9.2).
 
 Run by the device's task, one at a time. Draining waits for the data path; a command that waits can be cancelled (by a
 function level reset) and then leaves the WQs closed, for the reset to finish. Without PASIDs on the bus a shared

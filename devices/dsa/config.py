@@ -1,6 +1,6 @@
 """What a DSA is capable of, and where its tables lie.
 
-Models the capability registers (Intel DSA 1.2 9.2.2 to 9.2.9); the defaults are those of the first server parts, except
+Models the capability registers (Intel DSA 1.2 9.2); the defaults are those of the first server parts, except
 that command capabilities are reported. Not modelled: event log, batch continuation, interrupt message
 storage, performance monitoring: their bits read zero.
 """

@@ -1,8 +1,10 @@
 /*
- * The life of one descriptor: checks, the operation, the completion record, the interrupt (Intel DSA 1.2 5.4, 8.1).
+ * The life of one descriptor: checks, operation, completion record, interrupt (Intel DSA 1.2 chapter 5 and 8.1).
  *
- * An error that no completion record can report goes to SWERR. A page fault ends the descriptor with the bytes done and the
- * address, unless it blocks on faults: then it stays in hand and goes on where it was when the page is there.
+ * An error that no completion record can report goes to SWERR. A page fault ends the descriptor with the bytes done and
+ * the address, unless it blocks on faults: then it stays in hand and goes on where it was when the page is there.
+ *
+ * Not modelled: faults that page requests would resolve or refuse (status 0x04), privileged mode.
  */
 #include <errno.h>
 #include <string.h>
@@ -13,8 +15,8 @@
     (IDXD_OP_FLAG_CRAV | IDXD_OP_FLAG_RCR | IDXD_OP_FLAG_RCI | IDXD_OP_FLAG_CRSTS | IDXD_OP_FLAG_CR_TCS)
 
 /* The flags that are wrong: not allowed here, or set without what they need, or missing. */
-static uint32_t invalid_flags(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_op *op, uint32_t flags,
-                              bool in_batch)
+static uint32_t invalid_flags(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_op *op,
+                              uint32_t flags, bool in_batch)
 {
     uint32_t allowed = (op->flags | COMMON_FLAGS) & wq->flags;
     if (!(dsa->config.gencap & op->needs))
@@ -113,8 +115,8 @@ int dsa_account(struct dsa_work *work, int result)
     return DSA_DONE;
 }
 
-static void swerr(struct pv_dsa *dsa, const struct dsa_slot *slot, const struct dsa_work *work, uint64_t code, bool write,
-                  uint64_t address)
+static void swerr(struct pv_dsa *dsa, const struct dsa_slot *slot, const struct dsa_work *work, uint64_t code,
+                  bool write, uint64_t address)
 {
     bool invalid_flags = work->record.status == DSA_COMP_INVALID_FLAGS;
     struct dsa_swerr error = {
@@ -153,7 +155,8 @@ static int write_record(struct pv_dsa *dsa, const struct dsa_slot *slot, struct 
     work->failed |= error;
     if (!(flags & IDXD_OP_FLAG_CRAV) || !aligned) {
         if (error)
-            swerr(dsa, slot, work, status & DSA_COMP_STATUS_MASK, status & DSA_COMP_STATUS_WRITE, work->record.fault_addr);
+            swerr(dsa, slot, work, status & DSA_COMP_STATUS_MASK, status & DSA_COMP_STATUS_WRITE,
+                  work->record.fault_addr);
         return DSA_DONE;
     }
     if (!error && !(flags & IDXD_OP_FLAG_RCR))

@@ -99,7 +99,7 @@ class DsaDevice(PciFunction):
             lib.pv_dsa_cause(self._dsa, lib.IDXD_INTC_CMD)
 
     def _command(self, value: int) -> None:
-        """A store to CMD. While a command is active it is dropped (Intel DSA 1.2 9.2.12)."""
+        """A store to CMD. While a command is active it is dropped (Intel DSA 1.2 9.2)."""
         if not self._registers.cmdsts & lib.IDXD_CMDSTS_ACTIVE:
             self._registers.cmdsts = lib.IDXD_CMDSTS_ACTIVE
             self._send.send_nowait((self._resets, value))

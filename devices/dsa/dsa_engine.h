@@ -88,7 +88,7 @@ void pv_dsa_intcause_clear(struct pv_dsa *dsa, uint32_t bits);
 void pv_dsa_swerr(struct pv_dsa *dsa, struct dsa_swerr *out);
 void pv_dsa_swerr_clear(struct pv_dsa *dsa, uint64_t bits);
 
-/* CRC-32C without initial or final inversion, as the CRC32 instruction has it; portable: not 0 avoids the instruction. */
+/* CRC-32C as the CRC32 instruction has it, without inversions; portable: not 0 avoids the instruction. */
 uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable);
 /* cffi: end */
 

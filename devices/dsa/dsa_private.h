@@ -1,5 +1,5 @@
 /*
- * What the parts of the DSA's data path share: work queues, engines, the descriptor in hand, and the face of an operation.
+ * What the parts of the DSA's data path share: work queues, engines, the descriptor in hand, the face of an operation.
  *
  * Who writes what: submitters write a ring and its tail under the WQ's lock; the engine alone moves a head and the
  * slots; configuration changes only while the engine is paused.
@@ -125,8 +125,8 @@ struct pv_dsa {
 };
 
 /*
- * An operation. `run` works on from work->done and may be called many times; it answers DSA_DONE with the record filled in
- * (the status, if it is not success; what else the operation returns), or as enum dsa_step says.
+ * An operation. `run` works on from work->done and may be called many times; it answers DSA_DONE with the record filled
+ * in (the status, if it is not success; what else the operation returns), or as enum dsa_step says.
  */
 struct dsa_op {
     uint32_t flags;       /* descriptor flags, beyond the common ones */
@@ -162,6 +162,11 @@ void dsa_work_begin(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_
 int dsa_work_advance(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work);
 /* The transfer size check most operations have. */
 uint8_t dsa_check_xfer(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc);
+/* Whether source and destination share bytes, told by IOVA as hardware does. */
+static inline bool dsa_overlaps(const struct dsa_hw_desc *desc)
+{
+    return desc->dst_addr - desc->src_addr < desc->xfer_size || desc->src_addr - desc->dst_addr < desc->xfer_size;
+}
 /* Bytes to do in this call of `run`. */
 static inline uint64_t dsa_chunk(const struct dsa_work *work)
 {

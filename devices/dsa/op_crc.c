@@ -1,9 +1,9 @@
 /*
- * CRC Generation, and Copy with CRC Generation (Intel DSA 1.2 8.3.10, 8.3.11).
+ * CRC Generation, and Copy with CRC Generation (Intel DSA 1.2 8.3.11, 8.3.12).
  *
- * The value is a CRC-32C: seed and result inverted, so that the result of one part is the seed of the next. With bit 17 of
- * the flags seed and result are neither inverted nor bit-reversed; with bit 18 each data byte is taken from
- * its high bit to its low. With bit 16 the seed is read from memory.
+ * The value is a CRC-32C: seed and result inverted, so that the result of one part is the seed of the next. With bit 17
+ * of the flags seed and result are neither inverted nor bit-reversed; with bit 18 each data byte is taken from its high
+ * bit to its low. With bit 16 the seed is read from memory.
  */
 #include <errno.h>
 
@@ -53,8 +53,8 @@ static int run_crcgen(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work
     int result = work->seeded ? 0 : seed(dsa, work);
     if (result)
         return result;
-    return account(work, pv_bus_walk(dsa->bus, work->desc.src_addr + work->done, dsa_chunk(work), PV_DMA_READ, add, work,
-                                     &work->dma));
+    uint64_t src = work->desc.src_addr + work->done;
+    return account(work, pv_bus_walk(dsa->bus, src, dsa_chunk(work), PV_DMA_READ, add, work, &work->dma));
 }
 
 const struct dsa_op dsa_op_crcgen = {
@@ -68,8 +68,7 @@ const struct dsa_op dsa_op_crcgen = {
 static uint8_t check_copy(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc)
 {
     uint8_t status = dsa_check_xfer(dsa, wq, desc);
-    bool overlap = desc->dst_addr - desc->src_addr < desc->xfer_size || desc->src_addr - desc->dst_addr < desc->xfer_size;
-    return !status && overlap ? DSA_COMP_OVERLAP_BUFFERS : status;
+    return !status && dsa_overlaps(desc) ? DSA_COMP_OVERLAP_BUFFERS : status;
 }
 
 static int run_copy(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work)

@@ -10,7 +10,8 @@ static int run(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work)
     uint64_t pattern = work->desc.pattern;
     if (phase) /* goes on in the middle of a repetition */
         pattern = pattern >> phase | pattern << (64 - phase);
-    return dsa_account(work, pv_bus_fill(dsa->bus, work->desc.dst_addr + work->done, &pattern, dsa_chunk(work), &work->dma));
+    uint64_t dst = work->desc.dst_addr + work->done;
+    return dsa_account(work, pv_bus_fill(dsa->bus, dst, &pattern, dsa_chunk(work), &work->dma));
 }
 
 const struct dsa_op dsa_op_memfill = {

@@ -2,21 +2,16 @@
  * Memory Move (Intel DSA 1.2 8.3.4).
  *
  * Buffers may overlap where GENCAP says so: the copy then runs from the end if it must, and a partial completion
- * counts from there, with Result 1. Whether they overlap is told by IOVA, as hardware does.
+ * counts from there, with Result 1.
  */
 #include <errno.h>
 
 #include "dsa_private.h"
 
-static bool overlaps(const struct dsa_hw_desc *desc)
-{
-    return desc->dst_addr - desc->src_addr < desc->xfer_size || desc->src_addr - desc->dst_addr < desc->xfer_size;
-}
-
 static uint8_t check(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc)
 {
     uint8_t status = dsa_check_xfer(dsa, wq, desc);
-    if (!status && !(dsa->config.gencap & IDXD_GENCAP_OVERLAP_COPY) && overlaps(desc))
+    if (!status && !(dsa->config.gencap & IDXD_GENCAP_OVERLAP_COPY) && dsa_overlaps(desc))
         status = DSA_COMP_OVERLAP_BUFFERS;
     return status;
 }

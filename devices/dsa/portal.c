@@ -1,5 +1,5 @@
 /*
- * Portals: how 64-byte submissions reach the work queues (Intel DSA 1.2 3.3).
+ * Portals: how 64-byte submissions reach the work queues (Intel DSA 1.2 chapter 3).
  *
  * Four pages a WQ: unlimited, limited, and their twins for interrupt message storage. A posted write (MOVDIR64B) is for
  * dedicated WQs and is dropped with a software error when it cannot be taken; a non-posted one (ENQCMD) is for shared

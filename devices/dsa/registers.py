@@ -82,7 +82,7 @@ class Registers:
             self._fix_configuration()
 
     def reset_wq(self, wq: int, *, keep_size: bool = True) -> None:
-        """A WQCFG as RESET_WQ leaves it: everything but the size is gone (Intel DSA 1.2 9.2.22)."""
+        """A WQCFG as RESET_WQ leaves it: everything but the size is gone (Intel DSA 1.2 9.2)."""
         if not self.config.config_en:
             self._set_wq(wq, _MODE_WORD, self.wq_word(wq, _MODE_WORD) & ~_MODE_ALWAYS)
             return
@@ -135,7 +135,7 @@ class Registers:
         return sum(word << 64 * i for i, word in enumerate(words[:4])), words[4], words[5]
 
     def vector_allowed(self, vector: int) -> bool:
-        """Whether descriptors, which carry no PASID, may use a vector (Intel DSA 1.2 9.2.18)."""
+        """Whether descriptors, which carry no PASID, may use a vector (Intel DSA 1.2 9.2)."""
         word = int.from_bytes(self._perm[(at := vector * lib.IDXD_MSIX_PERM_STRIDE) : at + 4], "little")
         return bool(word & lib.IDXD_MSIX_PERM_IGNORE or not word & lib.IDXD_MSIX_PERM_PASID_EN)
 

@@ -1,6 +1,6 @@
 /*
  * Which descriptor runs next: every engine in turn takes work from the WQs of its group, weighted by their priority
- * (Intel DSA 1.2 3.2, 3.4).
+ * (Intel DSA 1.2 chapter 3).
  *
  * An engine keeps its descriptor until it is done; one that waits is tried again on each round. When everything waits,
  * a native thread sleeps a little between rounds, at most a millisecond.
@@ -16,7 +16,8 @@
 
 static bool has_work(struct dsa_wq *wq)
 {
-    return atomic_load_explicit(&wq->tail, memory_order_acquire) != atomic_load_explicit(&wq->head, memory_order_relaxed);
+    uint64_t head = atomic_load_explicit(&wq->head, memory_order_relaxed);
+    return atomic_load_explicit(&wq->tail, memory_order_acquire) != head;
 }
 
 /* The place in the group's list of the WQ whose turn it is, -1: nothing queued. */

@@ -359,7 +359,7 @@ struct dsa_completion_record {
 #define IDXD_CMDSTS_ERR_WQ_ENABLED 0x21             /* the WQ is not disabled */
 #define IDXD_CMDSTS_ERR_WQ_SIZE 0x22                /* size 0 */
 #define IDXD_CMDSTS_ERR_WQ_PRIOR 0x23               /* priority 0 */
-#define IDXD_CMDSTS_ERR_WQ_MODE 0x24                /* mode not supported, or a shared WQ's threshold is 0 or above its size */
+#define IDXD_CMDSTS_ERR_WQ_MODE 0x24                /* mode not supported; or shared with threshold 0 or above the size */
 #define IDXD_CMDSTS_ERR_BOF_EN 0x25                 /* block on fault not supported */
 #define IDXD_CMDSTS_ERR_PASID_EN 0x26               /* WQ PASID enable does not fit the mode or PCI PASID enable */
 #define IDXD_CMDSTS_ERR_MAX_BATCH_SIZE 0x27

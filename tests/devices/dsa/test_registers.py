@@ -153,7 +153,7 @@ def test_writable_bits(request: pytest.FixtureRequest, register: int, written: i
 
 
 async def test_configuration_is_locked_while_enabled() -> None:
-    """The size and the groups with the device, the rest of a WQ with the WQ (Intel DSA 1.2 9.2.22)."""
+    """The size and the groups with the device, the rest of a WQ with the WQ (Intel DSA 1.2 9.2)."""
     async with running() as f:
         await f.configure(0)
         before = [f.read(0x400 + at) for at in range(0, 64, 8)] + [
