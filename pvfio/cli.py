@@ -133,9 +133,11 @@ def dmatest(
     from pvfio import cli_dmatest
     from pvfio.workloads.dmatest import DmatestParams
 
+    if test_buf_size is None:
+        test_buf_size = "1M" if input is not None else "16K"
     try:
         params = DmatestParams(
-            test_buf_size=_size(test_buf_size or ("1M" if input else "16K"), "--test-buf-size"),
+            test_buf_size=_size(test_buf_size, "--test-buf-size"),
             threads_per_chan=threads_per_chan,
             iterations=iterations,
             memset=bool(dmatest),

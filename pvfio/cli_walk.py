@@ -175,9 +175,8 @@ def show(translation: Translation, platform: Platform, *, full: bool = False) ->
     """Prints a translation and what it means."""
     from rich.console import Console
 
-    print(
-        f"IOVA {translation.iova:#x}, read by {translation.device}: {_split(translation) or 'no table is read'}"
-    )
+    print(f"IOVA {translation.iova:#x}, read by {translation.device}")
+    print(f"    {_split(translation) or 'no table is read'}")
     steps = translation.walk.steps
     if steps:
         print()
