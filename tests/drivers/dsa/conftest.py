@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pvfio.devices.dsa import DsaConfig
 from pvfio.drivers.dsa import DsaDriver, WorkQueue
@@ -15,6 +17,16 @@ from pvfio.host.config import IommuConfig
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
 from pvfio.silicon import Engine
 from pvfio.vfio import Container, Device
+
+
+def cases() -> settings:
+    """How many examples a property of an operation is tried with: 200, and 10,000 in the nightly profile."""
+    nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    return settings(
+        max_examples=10_000 if nightly else 200,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
 
 
 @dataclass
