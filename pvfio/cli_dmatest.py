@@ -93,6 +93,7 @@ async def _work(machine: Machine, dsa: DsaDriver, options: DmatestOptions, size:
 
     params = options.params
     threads = params.threads_per_chan * options.channels
+    calls = machine.kernel.transport.calls
     first: list[Translation] = []
 
     def started(iova: int) -> None:
@@ -111,7 +112,7 @@ async def _work(machine: Machine, dsa: DsaDriver, options: DmatestOptions, size:
         moved = sum(summary.nbytes for summary in summaries)
         checked = "not verified" if params.noverify else "every byte verified, guards too"
         facts = [("moved", f"{moved:,} bytes in {sum(s.tests for s in summaries):,} transfers, {checked}")]
-    facts += [*_machine_facts(machine), *(("first buffer", translation.line) for translation in first)]
+    facts += [*_machine_facts(machine, calls), *(("first buffer", translation.line) for translation in first)]
     _report(options, facts)
     if options.walk:
         for translation in first:
@@ -173,14 +174,15 @@ def _file_facts(options: DmatestOptions, copy: FileCopy) -> list[tuple[str, str]
     return facts
 
 
-def _machine_facts(machine: Machine) -> list[tuple[str, str]]:
+def _machine_facts(machine: Machine, before: int) -> list[tuple[str, str]]:
     faults = machine.hypervisor.faults
     logged = faults.snapshot()
     facts = [("page faults logged", str(len(logged) + faults.lost))]
     facts.extend(("", str(fault)) for fault in logged[:_SHOWN_FAULTS])
-    calls = getattr(machine.hypervisor, "hypercalls", None)
-    if isinstance(calls, int):
-        facts.append(("hypercalls", str(calls)))
+    calls = machine.kernel.transport.calls
+    facts.append(
+        ("hypercalls", f"{calls}, {calls - before} of them since the driver began: unmapping flushes")
+    )
     return facts
 
 

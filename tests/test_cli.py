@@ -150,6 +150,7 @@ def test_the_main_job(capfd: Any, tmp_path: Path, platform: str, engine: str) ->
     assert f"{crc} from the device, {crc} from numpy: they agree" in out
     assert f"{len(content):,} bytes" in out
     assert re.search(r"page faults logged +0", out)
+    assert re.search(r"hypercalls +\d+, 2 of them since the driver began", out)  # two buffers were unmapped
     assert re.search(r"first buffer +IOVA 0x\w+ -> GPA 0x\w+ -> HPA 0x\w+", out)
     assert platform in out
     assert engine in out

@@ -12,8 +12,9 @@ Not here: the event log, performance counters, power management.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -89,6 +90,7 @@ class DsaDriver:
         self._buffers: list[DmaBuffer] = []
         self._idle_batches: list[Batch] = []
         self._taking_back = trio.Lock()
+        self._failed: str | None = None  # why the device was given up
         self._quarantine: list[Any] = []  # what a device that could not be stopped may still touch
 
     @property
@@ -242,6 +244,7 @@ class DsaDriver:
         await trio.lowlevel.checkpoint()
         with trio.CancelScope(shield=True):
             async with self._taking_back:
+                self._check()
                 await self._reset_all("a reset")
 
     async def _reset_all(self, reason: str) -> None:
@@ -249,8 +252,12 @@ class DsaDriver:
             wq._pause()
         if await self._first_that_works(self._revive, self._revive_function):
             return
-        done = await self._give_up(reason)
-        raise DeviceFailed(self.device.name, f"it cannot be reset; {done}")
+        self._failed = f"it cannot be reset; {await self._give_up(reason)}"
+        raise DeviceFailed(self.device.name, self._failed)
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise DeviceFailed(self.device.name, self._failed)
 
     async def _revive(self) -> None:
         await self._command(lib.IDXD_CMD_RESET_DEVICE)
@@ -262,7 +269,7 @@ class DsaDriver:
         self._sweep("a function reset")
         await self._enable()
 
-    async def _first_that_works(self, *steps: Any) -> bool:
+    async def _first_that_works(self, *steps: Callable[[], Awaitable[Any]]) -> bool:
         for step in steps:
             try:
                 await step()
@@ -323,16 +330,8 @@ class DsaDriver:
         whatever means it takes.
         """
         async with self._taking_back:
-            await self._read_software_error()
-            if submission.done:
-                return
-
-            async def abort() -> None:
-                await self._abort_wq(wq)
-
-            if await self._first_that_works(abort):
-                return
-            if not submission.done:
+            await self._first_that_works(self._read_software_error)
+            if not submission.done and not await self._first_that_works(partial(self._abort_wq, wq)):
                 await self._reset_all("the driver, which gave the device up")
 
     # Recovery
@@ -358,6 +357,7 @@ class DsaDriver:
         await trio.lowlevel.checkpoint()
         with trio.CancelScope(shield=True):
             async with self._taking_back:
+                self._check()
                 found = await self._recover()
         return found
 

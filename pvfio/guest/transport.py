@@ -1,9 +1,10 @@
 """Hypercalls, as the guest makes them: one page per VP, shared by input and output, and nine typed calls.
 
-The input structure is at the start of the VP's page and the output right after it, 8-byte aligned. The driver
-zeroes the whole input it sends and never the output. Between filling the page and reading the result nothing
-else may use it: in a kernel interrupts are off; here every call is synchronous, never awaits, and a nested
-use is detected. Which VP a task runs on is a context variable: a task started by another inherits its VP.
+The input structure is at the start of the VP's page and the output right after it, 8-byte aligned. The
+driver zeroes the whole input it sends and never the output. Between filling the page and reading the result
+nothing else may use it: in a kernel interrupts are off; here every call is synchronous, never awaits, and a
+nested use is detected. Which VP a task runs on is a context variable: a task started by another inherits
+its VP.
 
 Not modelled: fast hypercalls (input in registers), variable-size headers, extended hypercalls, and the
 hypercall page itself (the entry point is a callable).
@@ -162,9 +163,10 @@ class _VpPage:
 class HypercallTransport:
     """The guest's hypercalls, over a page per VP taken from guest RAM.
 
-    Every method is synchronous and runs on the caller's VP. All raise ``HypercallError`` with the status and
-    its errno (EOPNOTSUPP where the answer is all ones: there is no hypercall page), and ``RuntimeError``
-    where the VP's page is already in use or the task's VP does not exist.
+    Every method is synchronous and runs on the caller's VP. All raise ``HypercallError`` with the status
+    and its errno (EOPNOTSUPP where the answer is all ones: there is no hypercall page), and
+    ``RuntimeError`` where the VP's page is already in use or the task's VP does not exist. ``calls`` counts
+    how often the hypervisor was called.
     """
 
     def __init__(self, memory: GuestMemory, entry: HypercallEntry, vps: int) -> None:
@@ -172,6 +174,7 @@ class HypercallTransport:
             raise ValueError(f"{vps} VPs")
         self._memory = memory
         self._entry = entry
+        self.calls = 0
         self._pages = [_VpPage(memory, vp) for vp in range(vps)]
 
     @property
@@ -263,7 +266,8 @@ class HypercallTransport:
     def flush_pages(self, domain_id: int, entry: int) -> tuple[HypercallError | None, HypercallError | None]:
         """Flushes one list entry and, where the host refuses, the whole domain through the same page.
 
-        Never raises a ``HypercallError``: returns the refusal of the list flush and that of the domain flush.
+        Never raises a ``HypercallError``: returns the refusal of the list flush and that of the domain
+        flush.
         """
         page = self._hold("FLUSH_DEVICE_DOMAIN_LIST")
         try:
@@ -274,6 +278,7 @@ class HypercallTransport:
             domain.domain_id = domain_id << _DOMAIN_SHIFT | _STAGE_1
             call.input.flags = _IOMMU_FORMAT
             page.entries[0] = entry
+            self.calls += 1
             result = self._entry(page.vp, call.control | _ONE_REP, page.gpa, 0)
             if result == _ONE_REP_DONE:
                 return None, None
@@ -320,6 +325,7 @@ class HypercallTransport:
         return page
 
     def _simple(self, page: _VpPage, call: _Call) -> None:
+        self.calls += 1
         result = self._entry(page.vp, call.control, page.gpa, call.output_gpa)
         if result & _STATUS_MASK:
             raise _error(call.name, result)
@@ -345,6 +351,7 @@ class HypercallTransport:
         while done < reps:
             if result is None:
                 control = call.control | reps << _REP_COUNT_SHIFT | done << _REP_START_SHIFT
+                self.calls += 1
                 result = self._entry(page.vp, control, page.gpa, 0)
             if result & _STATUS_MASK:
                 raise _error(call.name, result)

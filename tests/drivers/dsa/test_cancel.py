@@ -13,7 +13,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.dsa import DsaDriver, OperationAborted, WqConfig, descriptors
-from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
+from pvfio.errors import DeadlineExceeded, DeviceFailed
 from pvfio.machine import Machine, MachineConfig
 from pvfio.silicon import DmaCancelled
 
@@ -244,7 +244,7 @@ async def test_no_reset_then_the_device_is_closed(autojump_clock: Any) -> None:
                 with pytest.raises(DeviceFailed):
                     wq.submit_nowait(descriptors.noop(1))
                 for action in (dsa.reset, dsa.recover):
-                    with pytest.raises((VfioError, DeviceFailed)):
+                    with pytest.raises(DeviceFailed, match="closed and does no DMA"):
                         await action()
 
 
@@ -282,3 +282,24 @@ async def test_cancelled_while_starting_or_leaving_leaves_nothing(rig: Any, auto
             assert r.machine.memory.stats().pins == pins
             assert r.device.irq(lib.VFIO_PCI_MSIX_IRQ_INDEX).enabled == 0
         assert n > 10
+
+
+@pytest.mark.parametrize("completion", ["polled", "interrupt", "hybrid"])
+async def test_a_device_closed_under_an_operation(running: Any, autojump_clock: Any, completion: Any) -> None:
+    async with running() as r:
+        r.wq.completion = completion
+        a, b = await r.container.alloc(SIZE), await r.container.alloc(SIZE)
+        r.engine.stop_before(0)
+        submission = r.wq.memmove_nowait(b, a, SIZE)
+
+        async def wait() -> None:
+            with pytest.raises((DeviceFailed, OperationAborted)):
+                await submission.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            await r.device.close()
+        assert submission.done
+        with pytest.raises(DeviceFailed):
+            await r.wq.noop()
