@@ -94,29 +94,31 @@ def test_the_seed(rig: Rig) -> None:
     assert (record["status"], record["bytes_completed"], record["fault_addr"]) == (FAULT, 0, 0xDEAD004)
 
 
-def result_of(rig: Rig, name: str, size: int) -> bool:
-    """Whether the operation has its whole effect."""
-    data = rig.at(SRC, size).tobytes()
+def result_of(rig: Rig, name: str, at: int, size: int) -> bool:
+    """Whether the operation has its whole effect, ``at`` bytes behind the beginning of its ranges."""
+    data = rig.at(SRC + at, size).tobytes()
     if name == "memfill":
-        return bool(np.array_equal(rig.at(DST, size), np.resize(np.arange(8, dtype=np.uint8), size)))
+        return bool(np.array_equal(rig.at(DST + at, size), np.resize(np.arange(8, dtype=np.uint8), size)))
     if name in ("crcgen", "copy_crc") and rig.record["crc_val"] != google_crc32c.value(data):
         return False
     if name in ("memmove", "copy_crc"):
-        return rig.at(DST, size).tobytes() == data
+        return rig.at(DST + at, size).tobytes() == data
     return int(rig.record["result"]) == (name == "compare")
 
 
+@pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize(("name", "base"), CASES)
-def test_block_on_fault(rig: Rig, name: str, base: int) -> None:
-    """It goes on where it was, in the middle of a repetition of the pattern too, once the page is there."""
+def test_block_on_fault(rig: Rig, name: str, base: int, at: int) -> None:
+    """It goes on where it was once the page is there: with ``at`` in the middle of a repetition of the pattern."""
     opcode, fields = OPERATIONS[name]
-    size = 5 * PAGE - 3
-    rig.at(SRC, size)[:] = np.random.default_rng(1).integers(0, 256, size, np.uint8)
+    fields = {key: value + at if value in (SRC, DST) else value for key, value in fields.items()}
+    size = 5 * PAGE - 6
+    rig.at(SRC, PAGES * PAGE)[:] = np.random.default_rng(1).integers(0, 256, PAGES * PAGE, np.uint8)
     for missing in (1, 3):
         rig.unmap(base + missing * PAGE)
     if name == "compare":
-        rig.at(DST, size)[:] = rig.at(SRC, size)
-        rig.at(DST + size - 1, 1)[0] ^= 1
+        rig.at(DST + at, size)[:] = rig.at(SRC + at, size)
+        rig.at(DST + at + size - 1, 1)[0] ^= 1
     record = rig.run(opcode, BOF, **fields, xfer_size=size)
     for missing in (1, 3):
         assert record["status"] == 0
@@ -125,7 +127,7 @@ def test_block_on_fault(rig: Rig, name: str, base: int) -> None:
         rig.map(base + missing * PAGE)
         rig.engine.kick()
     assert record["status"] == lib.DSA_COMP_SUCCESS
-    assert result_of(rig, name, size)
+    assert result_of(rig, name, at, size)
 
 
 def test_block_on_fault_backward(rig: Rig) -> None:
