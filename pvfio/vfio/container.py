@@ -186,7 +186,7 @@ class Container(ABC):
             owned = self.iova_allocator.reserve(iova, size)
             await self._map_allocated(buffer, iova, owned, read, write)
             return buffer
-        looked_aside = False
+        looked_aside, times = False, 1
         while True:
             try:
                 chosen = self.iova_allocator.alloc(size, align)
@@ -201,9 +201,8 @@ class Container(ABC):
             except VfioError as error:
                 if error.errno != errno.EEXIST:
                     raise
-                # Something was mapped there by hand: not tried again before everything else is used up.
-                if self.iova_allocator.reserve(chosen, size):
-                    self._aside.append(chosen)
+                self._put_aside(chosen, size, times)
+                times = 1 if looked_aside else 2 * times
                 continue
             return buffer
 
@@ -226,6 +225,16 @@ class Container(ABC):
         self._buffers.pop(iova, None)
         if self.iova_allocator.owns(iova):
             self.iova_allocator.free(iova)
+
+    def _put_aside(self, iova: int, size: int, times: int) -> None:
+        """Something was mapped by hand at ``iova``: that, and ``times - 1`` such places below it, are not tried
+        again before everything else is used up. The more in a row, the larger the steps: it may be a large one.
+        """
+        size = -(-size // 4096) * 4096
+        for start in (iova - (times - 1) * size, iova):
+            if start > 0 and self.iova_allocator.reserve(start, iova + size - start):
+                self._aside.append(start)
+                return
 
     def _give_back_aside(self) -> None:
         for iova in self._aside:

@@ -185,6 +185,44 @@ async def test_alloc_goes_round_what_was_mapped_by_hand(backend: Any) -> None:
         await container.free(buffer)
 
 
+async def test_alloc_gets_past_a_large_range_mapped_by_hand(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with backend.vfio.open_device(backend.names[0]) as device:
+        container = device.container
+        top = await container.alloc(PAGE)
+        end = top.iova + PAGE
+        await container.free(top)
+        hand = await container.alloc(1024 * PAGE, map=False)
+        await container.map_dma(end - hand.nbytes, hand)
+        attempts = []
+        map_dma = container.map_dma
+
+        async def counted(iova: int, *arguments: Any, **options: Any) -> None:
+            attempts.append(iova)
+            await map_dma(iova, *arguments, **options)
+
+        monkeypatch.setattr(container, "map_dma", counted)
+        buffer = await container.alloc(PAGE)
+        assert buffer.iova + PAGE <= end - hand.nbytes
+        assert len(attempts) < 15
+
+
+async def test_what_was_put_aside_is_found_when_all_else_is_used_up(backend: Any) -> None:
+    async with backend.vfio.open_device(backend.names[0]) as device:
+        container = device.container
+        container.iova_allocator.set_ranges(((BASE, BASE + 8 * PAGE - 1),))
+        hand = await container.alloc(PAGE, map=False)
+        taken = {BASE + page * PAGE for page in (1, 4, 6, 7)}
+        for iova in taken:
+            await container.map_dma(iova, hand)
+        buffers = [await container.alloc(PAGE) for _ in range(4)]
+        assert {buffer.iova for buffer in buffers} == {BASE + page * PAGE for page in range(8)} - taken
+        with pytest.raises(VfioError) as error:
+            await container.alloc(PAGE)
+        assert error.value.errno == errno.ENOSPC
+
+
 async def test_a_forgotten_buffer_stays_pinned_until_it_is_unmapped(backend: Any) -> None:
     async with backend.vfio.open_device(backend.names[0]) as device:
         container = device.container
