@@ -134,7 +134,7 @@ class DsaDriver:
         if self._capabilities.configurable:
             self._configs = resolve(self._wanted, self._capabilities)
         else:
-            completion = self._wanted[0].completion
+            completion = (*self._wanted, WqConfig())[0].completion
             self._configs = await read_configuration(self._registers, self._capabilities, completion)
         vectors = min(self._irq.count, 1 + len(self._configs))
         if vectors > 1:

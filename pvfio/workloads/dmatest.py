@@ -237,7 +237,12 @@ class TestThread:
         summary.tests += 1
         summary.nbytes += where[2]
         self.prepare(where)
-        failure = await attempt(self.move, where)
+        try:
+            failure = await attempt(self.move, where)
+        except trio.Cancelled:
+            summary.tests -= 1
+            summary.nbytes -= where[2]
+            raise
         if failure is not None:
             summary.failures += 1
             self.result(failure, where, 0)
@@ -286,8 +291,8 @@ async def attempt(move: Callable[[Any], Any], where: Any) -> str | None:
 async def _run_thread(thread: TestThread) -> None:
     params, summary = thread.params, thread.summary
     await thread.allocate()
+    began = time.perf_counter()
     try:
-        began = time.perf_counter()
         while not params.iterations or summary.tests < params.iterations:
             try:
                 await thread.test()
@@ -297,10 +302,10 @@ async def _run_thread(thread: TestThread) -> None:
                 thread.emit(f"dmatest: {summary.name}: {error}")
                 break
             thread.advance(1)
-        summary.seconds = time.perf_counter() - began - thread.excluded
     finally:
+        summary.seconds = time.perf_counter() - began - thread.excluded
+        thread.emit(summary.line())
         await thread.free()
-    thread.emit(summary.line())
 
 
 async def dmatest(

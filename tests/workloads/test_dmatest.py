@@ -184,10 +184,12 @@ async def test_endless_until_cancelled() -> None:
         if done == 30:
             scope.cancel()
 
+    lines: list[str] = []
     async with driver() as (machine, dsa):
         with trio.CancelScope() as scope:
-            await dmatest(dsa.wqs, DmatestParams(iterations=0), emit=lambda _: None, advance=advance)
+            await dmatest(dsa.wqs, DmatestParams(iterations=0), emit=lines.append, advance=advance)
         assert done == 30
+        assert "summary 30 tests, 0 failures" in lines[-1]
         assert machine.memory.stats().pins == 1
 
 
