@@ -14,112 +14,38 @@ and leave looking at the record to the caller (``check``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.dsa.batch import Batch
-from pvfio.drivers.dsa.descriptors import Address, address_of, join, pattern_of, words_of
-from pvfio.drivers.dsa.errors import BatchError, DsaError
+from pvfio.drivers.dsa.descriptors import Address, address_of, pattern_of, words_of
+from pvfio.drivers.dsa.errors import BatchError
 from pvfio.drivers.dsa.ring import Submission
-from pvfio.drivers.dsa.workqueue import SubmissionQueue
-from pvfio.errors import DeviceFailed
+from pvfio.drivers.dsa.single import Operation, SingleQueue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["WorkQueue"]
 
-_ZEROS = bytes(int(lib.DSA_DESC_SIZE))
 
-
-@dataclass(slots=True)
-class _Operation:
-    """One descriptor to be: its fields by their names in ``struct dsa_hw_desc``, and the buffers it keeps
-    alive.
-    """
-
-    name: str
-    opcode: int
-    fields: dict[str, int]
-    keep: tuple[Any, ...] = ()
-
-
-class WorkQueue(SubmissionQueue):
+class WorkQueue(SingleQueue):
     """A work queue with the operations of the device as coroutines. Made by the driver."""
-
-    def _start(self, operation: _Operation, flags: int) -> Submission:
-        """Fills one descriptor in place and submits it."""
-        if self._closed is not None:
-            raise DeviceFailed(self.device, f"wq{self.id} is {self._closed}")
-        if flags & ~int(lib.DSA_DESC_FLAGS_MASK):
-            raise ValueError(f"flags {flags:#x} have more than 24 bits")
-        if self.room < 1:
-            self._reap_all()
-            if self.room < 1:
-                raise trio.WouldBlock
-        submission = Submission(self, operation.name, 1, operation.keep)
-        piece = self._ring.take(submission, 0, 1)
-        self._fill(operation, flags)
-        self._descriptor.completion_addr = self._ring.address(piece)
-        if not self._ring_portal(piece):
-            raise trio.WouldBlock
-        return submission
-
-    def _fill(self, operation: _Operation, flags: int) -> None:
-        descriptor = self._descriptor
-        self._staging_bytes[:] = _ZEROS
-        flags |= self._completion_flags()
-        descriptor.flags_opcode = operation.opcode << int(lib.DSA_DESC_OPCODE_SHIFT) | flags
-        descriptor.int_handle = self._handle
-        for name, value in operation.fields.items():
-            setattr(descriptor, name, value)
-
-    async def _run(self, operation: _Operation, flags: int, deadline: float | None) -> NDArray[Any]:
-        """One descriptor from submission to its record, whatever its status."""
-        await trio.lowlevel.checkpoint()
-        try:
-            submission = self._start(operation, flags)
-        except trio.WouldBlock:
-            self._fill(operation, flags)
-            one = join(self._first)
-            submission = await self.submit(
-                one, keep=operation.keep, deadline=deadline, operation=operation.name
-            )
-        if not self._reap(submission) or submission.aborted is not None:
-            await self._outcome(submission, deadline)
-        record: NDArray[Any] = submission.records[0]
-        return record
-
-    def check(self, record: NDArray[Any], operation: str = "submission") -> NDArray[Any]:
-        """The record, if it reports success; raises its ``DsaError`` otherwise."""
-        if record["status"] != lib.DSA_COMP_SUCCESS:
-            raise DsaError(operation, record, device=self.device)
-        return record
-
-    async def _done(self, operation: _Operation, flags: int, deadline: float | None) -> NDArray[Any]:
-        return self.check(await self._run(operation, flags, deadline), operation.name)
-
-    def _size(self, size: int) -> int:
-        if not 0 < size <= self.max_transfer:
-            raise ValueError(f"a transfer has 1 to {self.max_transfer} bytes, not {size}")
-        return size
 
     async def noop(self, *, flags: int = 0, deadline: float | None = None) -> None:
         """NOOP: does nothing, and completes."""
-        await self._done(_Operation("noop", lib.DSA_OPCODE_NOOP, {}), flags, deadline)
+        await self._done(Operation("noop", lib.DSA_OPCODE_NOOP, {}), flags, deadline)
 
     async def drain(self, *, flags: int = 0, deadline: float | None = None) -> None:
         """DRAIN: completes when every descriptor submitted to this WQ before it has completed."""
-        await self._done(_Operation("drain", lib.DSA_OPCODE_DRAIN, {}), flags, deadline)
+        await self._done(Operation("drain", lib.DSA_OPCODE_DRAIN, {}), flags, deadline)
 
-    def _memmove(self, dst: Address, src: Address, size: int) -> _Operation:
+    def _memmove(self, dst: Address, src: Address, size: int) -> Operation:
         self._size(size)
         fields = {"src_addr": address_of(src, size), "dst_addr": address_of(dst, size), "xfer_size": size}
-        return _Operation("memmove", lib.DSA_OPCODE_MEMMOVE, fields, (dst, src))
+        return Operation("memmove", lib.DSA_OPCODE_MEMMOVE, fields, (dst, src))
 
     async def memmove(
         self,
@@ -137,13 +63,13 @@ class WorkQueue(SubmissionQueue):
         """Submits a MEMMOVE."""
         return self._start(self._memmove(dst, src, size), flags)
 
-    def _memfill(self, dst: Address, pattern: int | bytes, size: int) -> _Operation:
+    def _memfill(self, dst: Address, pattern: int | bytes, size: int) -> Operation:
         fields = {
             "pattern": pattern_of(pattern),
             "dst_addr": address_of(dst, size),
             "xfer_size": self._size(size),
         }
-        return _Operation("fill", lib.DSA_OPCODE_MEMFILL, fields, (dst,))
+        return Operation("fill", lib.DSA_OPCODE_MEMFILL, fields, (dst,))
 
     async def fill(
         self,
@@ -161,14 +87,14 @@ class WorkQueue(SubmissionQueue):
         """Submits a FILL."""
         return self._start(self._memfill(dst, pattern, size), flags)
 
-    def _compare(self, first: Address, second: Address, size: int) -> _Operation:
+    def _compare(self, first: Address, second: Address, size: int) -> Operation:
         self._size(size)
         fields = {
             "src_addr": address_of(first, size),
             "src2_addr": address_of(second, size),
             "xfer_size": size,
         }
-        return _Operation("compare", lib.DSA_OPCODE_COMPARE, fields, (first, second))
+        return Operation("compare", lib.DSA_OPCODE_COMPARE, fields, (first, second))
 
     async def compare(
         self,
@@ -187,9 +113,9 @@ class WorkQueue(SubmissionQueue):
         """Submits a COMPARE."""
         return self._start(self._compare(first, second, size), flags)
 
-    def _crcgen(self, src: Address, size: int, seed: int) -> _Operation:
+    def _crcgen(self, src: Address, size: int, seed: int) -> Operation:
         fields = {"src_addr": address_of(src, size), "xfer_size": self._size(size), "crc_seed": seed}
-        return _Operation("crcgen", lib.DSA_OPCODE_CRCGEN, fields, (src,))
+        return Operation("crcgen", lib.DSA_OPCODE_CRCGEN, fields, (src,))
 
     async def crcgen(
         self,
@@ -208,10 +134,10 @@ class WorkQueue(SubmissionQueue):
         """Submits a CRCGEN; the CRC is the record's ``crc_val``."""
         return self._start(self._crcgen(src, size, seed), flags)
 
-    def _copy_crc(self, dst: Address, src: Address, size: int, seed: int) -> _Operation:
+    def _copy_crc(self, dst: Address, src: Address, size: int, seed: int) -> Operation:
         operation = self._memmove(dst, src, size)
         fields = operation.fields | {"crc_seed": seed}
-        return _Operation("copy_crc", lib.DSA_OPCODE_COPY_CRC, fields, operation.keep)
+        return Operation("copy_crc", lib.DSA_OPCODE_COPY_CRC, fields, operation.keep)
 
     async def copy_crc(
         self,
@@ -245,14 +171,14 @@ class WorkQueue(SubmissionQueue):
             raise ValueError(f"a batch has 2 to {self.max_batch} descriptors, not {capacity}")
         return await self.driver._alloc_batch(capacity)
 
-    def _batch(self, batch: Batch, count: int, records: bool, keep: tuple[Any, ...]) -> _Operation:
+    def _batch(self, batch: Batch, count: int, records: bool, keep: tuple[Any, ...]) -> Operation:
         if not 2 <= count <= min(batch.capacity, self.max_batch):
             raise ValueError(
                 f"a batch has 2 to {min(batch.capacity, self.max_batch)} descriptors, not {count}"
             )
         batch.prepare(count, records=records)
         fields = {"desc_list_addr": batch.iova, "desc_count": count}
-        return _Operation("batch", lib.DSA_OPCODE_BATCH, fields, (batch, *keep))
+        return Operation("batch", lib.DSA_OPCODE_BATCH, fields, (batch, *keep))
 
     def batch_nowait(
         self, batch: Batch, count: int | None = None, *, records: bool = True, keep: tuple[Any, ...] = ()
