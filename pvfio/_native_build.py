@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 
 # Where C lives.
-ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices")
+ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices", "workloads")
 # In the order in which the structures depend on each other.
 ABI_HEADERS = ("hyperv", "vfio", "pci", "dsa")
 ROOM_HEADERS = (
@@ -32,6 +32,7 @@ ROOM_HEADERS = (
     "guest/mappings.h",
     "vfio/wait.h",
     "devices/dsa/dsa_engine.h",
+    "workloads/bench_loops.h",
 )
 CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
 
