@@ -58,6 +58,7 @@ class FaultLog:
         self._name = name
         self._kept: deque[Fault] = deque(maxlen=capacity)
         self._total = 0
+        self._cleared = 0
         self._arrived = trio.lowlevel.ParkingLot()
 
     @property
@@ -69,7 +70,7 @@ class FaultLog:
     def lost(self) -> int:
         """Faults that cannot be read any more: no room in the IOMMU's ring, or pushed out by later ones."""
         self.drain()
-        return self._iommu.lost_faults + self._total - len(self._kept)
+        return self._iommu.lost_faults + self._total - self._cleared - len(self._kept)
 
     def snapshot(self) -> tuple[Fault, ...]:
         """The kept faults, oldest first, up to this moment."""
@@ -77,9 +78,9 @@ class FaultLog:
         return tuple(self._kept)
 
     def clear(self) -> None:
-        """Forgets the kept faults without counting them as lost."""
+        """Forgets the kept faults without counting them as lost. Iterators go on with the next one."""
         self.drain()
-        self._total -= len(self._kept)
+        self._cleared += len(self._kept)
         self._kept.clear()
 
     def drain(self) -> None:

@@ -149,3 +149,16 @@ async def test_a_cancelled_wait_loses_nothing(guest: Any) -> None:
     assert scope.cancelled_caught
     abort(guest, 0x9000)
     assert (await anext(log)).iova == 0x9000
+
+
+async def test_an_iterator_sees_what_comes_after_a_clear(guest: Any) -> None:
+    log = aiter(guest.host.faults)
+    for n in range(3):
+        abort(guest, n << 12)
+    assert (await anext(log)).iova == 0
+    assert (await anext(log)).iova == 0x1000
+    guest.host.faults.clear()
+    abort(guest, 0x9000)
+    with trio.fail_after(5):
+        assert (await anext(log)).iova == 0x9000
+    assert guest.host.faults.lost == 0
