@@ -255,7 +255,7 @@ def test_import_of_the_command_line_is_light() -> None:
 
 
 def test_as_a_process_it_ends_with_the_status() -> None:
-    command = [sys.executable, "-P", "-m", "pvfio.cli"]
+    command = [sys.executable, "-P", "-m", "pvfio"]
     done = subprocess.run([*command, "walk", "x"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
