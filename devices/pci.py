@@ -163,7 +163,7 @@ class PciFunction:
         await trio.lowlevel.checkpoint()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The device's task, for as long as the machine runs it. The base has nothing to do in it."""
+        """The device's task, until it is cancelled. The base has nothing to do in it, and leaves nothing behind."""
         task_status.started()
         await trio.sleep_forever()
 

@@ -109,7 +109,7 @@ class Capabilities:
 
 
 async def read_capabilities(registers: Region) -> Capabilities:
-    """Reads them all from BAR0; CMDCAP only where GENCAP says it is there."""
+    """Reads them all from BAR0; CMDCAP only where GENCAP says it is there. Cancelling leaves nothing behind."""
     gencap = await registers.read(lib.IDXD_GENCAP_OFFSET, 8)
     has_cmdcap = gencap & lib.IDXD_GENCAP_CMD_CAP
     opcap = [await registers.read(lib.IDXD_OPCAP_OFFSET + 8 * word, 8) for word in range(4)]

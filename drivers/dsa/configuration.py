@@ -97,7 +97,7 @@ async def write_configuration(
     registers: Region, configs: Sequence[WqConfig], capabilities: Capabilities
 ) -> None:
     """Writes WQCFG and GRPCFG; the device must be disabled. WQs and groups that are not named are left as
-    reset made them.
+    reset made them. Cancelled: partly written, until the next reset of the device.
     """
     for number, config in enumerate(configs):
         base = capabilities.wqcfg_offset + number * capabilities.wqcfg_stride
@@ -117,7 +117,10 @@ async def write_configuration(
 async def read_configuration(
     registers: Region, capabilities: Capabilities, completion: Completion
 ) -> list[WqConfig]:
-    """The configuration of a device that does not let software write it (GENCAP.config_en is 0)."""
+    """The configuration of a device that does not let software write it (GENCAP.config_en is 0).
+
+    Cancelling leaves nothing behind.
+    """
     configs = []
     for number in range(capabilities.num_wqs):
         base = capabilities.wqcfg_offset + number * capabilities.wqcfg_stride

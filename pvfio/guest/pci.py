@@ -54,8 +54,11 @@ class VpciBar(Protocol):
 class VpciChannel(Protocol):
     """The vPCI channel the guest is handed: one PCI domain's functions and everything they answer to.
 
-    MMIO accesses of 1, 2, 4 or 8 bytes raise ``OSError`` EINVAL outside the BAR; so does ``map_area`` for
-    what is not memory. ``compose_msi`` gives the (address, data) that rings ``eventfd``.
+    ``fn`` is a function number of ``offers``; offsets and sizes are bytes. Configuration accesses have 1, 2 or 4
+    bytes. MMIO accesses of 1, 2, 4 or 8 bytes raise ``OSError`` EINVAL outside the BAR; so does ``map_area`` for
+    what is not memory. ``mmio`` is a BAR's ``struct pv_mmio *`` or None. ``compose_msi`` gives the (address, data)
+    that rings ``eventfd``, until ``release_msi``. ``set_intx`` says who is told the level of the pin. ``reset`` is a
+    function level reset, done even when it is cancelled.
     """
 
     @property

@@ -45,7 +45,13 @@ class BarInfo(Protocol):
 
 
 class VpciFunction(Protocol):
-    """What a bus needs of a device's function; ``pvfio.devices.pci.PciFunction`` is one."""
+    """What a bus needs of a device's function; ``pvfio.devices.pci.PciFunction`` is one.
+
+    Configuration space is accessed in 1, 2 or 4 bytes, a BAR (``read``, ``write``) in 1, 2, 4 or 8; offsets and
+    sizes are bytes. ``map_area`` raises ``OSError`` EINVAL for what is not memory, ``mmio`` gives a BAR's
+    ``struct pv_mmio *`` or None, ``connect_intx`` takes who is told the level of the pin. ``reset`` is a
+    function level reset, done even when it is cancelled; ``run`` is the device's task, ended by cancelling it.
+    """
 
     def config_read(self, offset: int, size: int) -> int: ...
     def config_write(self, offset: int, size: int, value: int) -> None: ...

@@ -49,7 +49,7 @@ _CAP_ROOM = 512
 
 class KernelFile(Protocol):
     """An open VFIO file. ``ioctl`` raises OSError; trio.WouldBlock for a request only ``ioctl_sleeping``
-    makes.
+    makes. ``ioctl_sleeping`` undoes what it began when it is cancelled; ``close`` finishes.
     """
 
     @property
