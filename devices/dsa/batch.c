@@ -80,7 +80,7 @@ static int run(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work)
     bool ended;
     if (!work->seeded) {
         batch->next = batch->first = batch->count = 0;
-        batch->running = batch->failed = false;
+        batch->running = batch->failed = batch->logged = false;
         work->seeded = true;
     }
     for (uint32_t turn = 0; turn < DSA_BATCH_TURN && batch->next < work->desc.desc_count; turn++) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import trio
@@ -17,7 +18,7 @@ from pvfio.abi import ffi, lib
 from pvfio.devices.dsa.config import DsaConfig
 from pvfio.devices.dsa.registers import Registers
 
-__all__ = ["CommandError", "Commands", "Function"]
+__all__ = ["CommandError", "Commands", "Function", "InjectedRefusal"]
 
 
 class CommandError(Exception):
@@ -26,6 +27,15 @@ class CommandError(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"command refused: {code:#x}")
         self.code = code
+
+
+@dataclass
+class InjectedRefusal:
+    """``code`` for the next ``times`` commands of that number, ``None``: of any."""
+
+    code: int
+    command: int | None
+    times: int
 
 
 class Function(Protocol):
@@ -51,6 +61,7 @@ class Commands:
         self._dsa = dsa
         self._function = function
         self._handles: set[int] = set()
+        self.injected: list[InjectedRefusal] = []
         self._table: dict[int, Callable[[int], Awaitable[int]]] = {
             lib.IDXD_CMD_ENABLE_DEVICE: self._enable_device,
             lib.IDXD_CMD_DISABLE_DEVICE: self._disable_device,
@@ -72,11 +83,38 @@ class Commands:
         """Runs what was written to CMD; the error code and the result for CMDSTS."""
         command = (value & lib.IDXD_CMD_MASK) >> lib.IDXD_CMD_SHIFT
         try:
+            _require(not self._halted(command), lib.IDXD_CMDSTS_HW_ERR)
             _require(command in self._config.commands, lib.IDXD_CMDSTS_INVAL_CMD)
             _require(not value & lib.IDXD_CMD_RSVD_MASK, lib.IDXD_CMDSTS_ERR_RSVD)
+            self._fail_as_injected(command)
             return lib.IDXD_CMDSTS_SUCCESS, await self._table[command](value & lib.IDXD_CMD_OPERAND_MASK)
         except CommandError as refused:
             return refused.code, 0
+
+    def _fail_as_injected(self, command: int) -> None:
+        for refusal in self.injected:
+            if refusal.command in (None, command):
+                refusal.times -= 1
+                if not refusal.times:
+                    self.injected.remove(refusal)
+                raise CommandError(refusal.code)
+
+    def _halted(self, command: int) -> bool:
+        """A halted device takes no command but, where a software reset is enough, that one."""
+        registers = self._registers
+        if registers.state != lib.IDXD_DEVICE_STATE_HALT:
+            return False
+        software = registers.reset_type == lib.IDXD_DEVICE_RESET_SOFTWARE
+        return not (software and command == lib.IDXD_CMD_RESET_DEVICE)
+
+    def halt(self, reset_type: int) -> None:
+        """The halt state (Intel DSA 1.2 9.2, GENSTS): what was in flight is gone, nothing is taken."""
+        lib.pv_dsa_halt(self._dsa, 1)
+        self.abort(range(self._config.wqs))
+        self._registers.state = lib.IDXD_DEVICE_STATE_HALT
+        self._registers.reset_type = reset_type
+        if self._registers.genctrl & lib.IDXD_GENCTRL_HALT_INT_EN:
+            lib.pv_dsa_cause(self._dsa, lib.IDXD_INTC_HALT_STATE)
 
     def reset(self) -> None:
         """Everything in flight forgotten, WQs and device disabled, the configuration as after power-on.
@@ -90,6 +128,8 @@ class Commands:
         for wq in wqs:
             self._wq_disabled(wq)
         self._registers.state = lib.IDXD_DEVICE_STATE_DISABLED
+        self._registers.reset_type = lib.IDXD_DEVICE_RESET_SOFTWARE
+        lib.pv_dsa_halt(self._dsa, 0)
         self._registers.reset_configuration()
         lib.pv_dsa_set_genctrl(self._dsa, 0)
         lib.pv_dsa_intcause_clear(self._dsa, 0xFFFFFFFF)
@@ -145,6 +185,8 @@ class Commands:
     def _wq_disabled(self, wq: int) -> None:
         lib.pv_dsa_wq_disable(self._dsa, wq)
         self._registers.wq_state[wq] = lib.IDXD_WQ_STATE_DISABLED
+        lib.pv_dsa_occupancy_watch(self._dsa, wq, -1, 0)
+        lib.pv_dsa_occupancy_clear(self._dsa, wq)
 
     def _enabled_wqs(self) -> list[int]:
         states = self._registers.wq_state
@@ -165,6 +207,7 @@ class Commands:
         groups = [self._registers.group(group) for group in range(self._config.groups)]
         self._check_groups(groups, sizes)
         self._check_read_buffers([flags for _, _, flags in groups if flags])
+        self._check_event_log()
         self._assign(groups)
         self._registers.state = lib.IDXD_DEVICE_STATE_ENABLED
         return 0
@@ -193,6 +236,13 @@ class Commands:
         limited = any(flags & lib.IDXD_GRPFLAGS_USE_RDBUF_LIMIT for flags in groups)
         limit = self._registers.gencfg & lib.IDXD_GENCFG_RDBUF_LIMIT_MASK
         _require(not limited or 0 < limit <= self._config.read_buffers, lib.IDXD_CMDSTS_ERR_CONFIG)
+
+    def _check_event_log(self) -> None:
+        """At least 64 entries; no PASID to write them with, for there is none on this bus."""
+        registers = self._registers
+        if registers.gencfg & lib.IDXD_GENCFG_EVL_EN:
+            fits = registers.event_log_size >= lib.IDXD_EVL_SIZE_MIN
+            _require(fits and not registers.evlcfg & lib.IDXD_EVLCFG_PASID_EN, lib.IDXD_CMDSTS_ERR_CONFIG)
 
     def _assign(self, groups: list[tuple[int, int, int]]) -> None:
         wqs = ffi.new("int16_t[]", [-1] * self._config.wqs)
@@ -236,7 +286,29 @@ class Commands:
         raw = self._wq_parameters(self._registers.wq_config(wq))
         _require(lib.pv_dsa_wq_enable(self._dsa, wq, raw) == 0, lib.IDXD_CMDSTS_HW_ERR)
         self._registers.wq_state[wq] = lib.IDXD_WQ_STATE_ENABLED
+        self.watch_occupancy(wq)
         return 0
+
+    def watch_occupancy(self, wq: int) -> None:
+        """Tells the data path what WQCFG says of an enabled WQ's occupancy interrupt."""
+        wqcfg = self._registers.wq_config(wq)
+        enabled = self._registers.wq_state[wq] == lib.IDXD_WQ_STATE_ENABLED
+        vector = self._occupancy_vector(wqcfg.occupancy_inth)
+        valid = enabled and vector is not None
+        lib.pv_dsa_occupancy_watch(
+            self._dsa, wq, vector if valid else -1, wqcfg.occupancy_limit if valid else 0
+        )
+
+    def _occupancy_vector(self, handle: int) -> int | None:
+        """The vector of an occupancy interrupt handle; handle 0 is the device's own vector."""
+        if handle & lib.IDXD_WQCFG_OCCUPANCY_TABLE_IMS:
+            return None
+        if handle == 0:
+            return 0
+        vector = handle - self._config.vectors if self._config.int_handles else handle
+        out = not self._config.int_handles or vector in self._handles
+        valid = 0 < vector < self._config.vectors and out and self._registers.vector_allowed(vector)
+        return vector if valid else None
 
     def _wq_parameters(self, wqcfg: Any) -> Any:
         """A WQCFG checked, as the data path takes it."""
@@ -250,6 +322,12 @@ class Commands:
         bof = bool(wqcfg.mode & lib.IDXD_WQCFG_BOF)
         _require(config.block_on_fault or not bof, lib.IDXD_CMDSTS_ERR_BOF_EN)
         _require(not wqcfg.mode & lib.IDXD_WQCFG_PASID_EN, lib.IDXD_CMDSTS_ERR_PASID_EN)
+        _require(not wqcfg.mode & lib.IDXD_WQCFG_PRIV, lib.IDXD_CMDSTS_ERR_PRIV_EN)
+        ats_disable = wqcfg.mode & lib.IDXD_WQCFG_ATS_DISABLE
+        _require(config.wq_ats or not ats_disable, lib.IDXD_CMDSTS_ERR_WQ_ATS)
+        interrupt = wqcfg.occupancy_limit & lib.IDXD_WQCFG_OCCUPANCY_INT_EN
+        known = self._occupancy_vector(wqcfg.occupancy_inth) is not None
+        _require(known or not interrupt, lib.IDXD_CMDSTS_ERR_OCCUPANCY_INT)
         batch = (wqcfg.limits & lib.IDXD_WQCFG_MAX_BATCH_SHIFT_MASK) >> lib.IDXD_WQCFG_MAX_BATCH_SHIFT_SHIFT
         _require(batch <= config.max_batch_shift, lib.IDXD_CMDSTS_ERR_MAX_BATCH_SIZE)
         xfer = wqcfg.limits & lib.IDXD_WQCFG_MAX_XFER_SHIFT_MASK

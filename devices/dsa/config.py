@@ -1,8 +1,8 @@
 """What a DSA is capable of, and where its tables lie.
 
 Models the capability registers (Intel DSA 1.2 9.2); the defaults are those of the first server parts, except
-that command capabilities are reported. Not modelled: event log, batch continuation, interrupt message
-storage, performance monitoring: their bits read zero.
+that command capabilities are reported. Not modelled: batch continuation, interrupt message storage,
+performance monitoring: their bits read zero.
 """
 
 from __future__ import annotations
@@ -10,11 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final, Self
 
 from pvfio.abi import ffi, lib
 
 __all__ = ["DsaConfig", "implemented_opcodes"]
+
+# What users of Sapphire Rapids report of dsa0: version 0x100, gencap 0x40915f0107, 4 groups, 8 WQs of 128 entries
+# together, 4 engines, 96 read buffers, opcap 0x1003f027d or 0x1003f03ff. Of gencap, the interrupt message storage
+# multiple (bits 30:25) and the undocumented bit 38 stay 0 here.
+_DSA_1_OPCODES: Final = 0x1003F03FF
+# The second generation adds what Linux reads of it: event log, operation configuration, translation fetch, DIX.
+_DSA_2_OPCODES: Final = _DSA_1_OPCODES | 1 << lib.DSA_OPCODE_TRANSL_FETCH | 1 << lib.DSA_OPCODE_DIX_GEN
+_PRESETS: Final[dict[str, dict[str, Any]]] = {
+    "dsa1.0": {"command_capabilities": False, "opcodes": _DSA_1_OPCODES},
+    "dsa2.0": {
+        "version": lib.IDXD_VERSION_2,
+        "event_log": True,
+        "op_config": True,
+        "drain_readback": True,
+        "int_handles": 8,
+        "opcodes": _DSA_2_OPCODES,
+    },
+}
 
 _GRPCFG: Final = 0x400
 _PAGE: Final = 0x1000
@@ -41,7 +59,9 @@ class DsaConfig:
     descriptors. ``config_en`` false: the configuration is fixed, one dedicated WQ of the whole size in
     group 0 with all engines. ``vectors``: MSI-X, number 0 for the device itself. ``int_handles``: how
     many interrupt handles can be requested; 0: a handle is the MSI-X table index and the two commands are not
-    there. ``opcodes``: fewer than are implemented. Raises ``ValueError`` for what no device can be.
+    there. ``opcodes``: fewer than are implemented. ``event_log``: entries of 64 bytes; ``occupancy_interrupt``,
+    ``wq_ats``: the bits of WQCAP (ATS disable is stored, without effect). Raises ``ValueError`` for what no
+    device can be.
     """
 
     wqs: int = 8
@@ -60,6 +80,9 @@ class DsaConfig:
     dedicated: bool = True
     priority: bool = True
     occupancy: bool = True
+    occupancy_interrupt: bool = False
+    wq_ats: bool = False
+    event_log: bool = False
     op_config: bool = False
     command_capabilities: bool = True
     int_handles: int = 0
@@ -68,6 +91,17 @@ class DsaConfig:
     vectors: int = 9
     opcodes: frozenset[int] | None = None
     version: int = lib.IDXD_VERSION_1
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A part's values, as far as they are public: ``"dsa1.0"`` or ``"dsa2.0"``, of the operations those that
+        are implemented; ``changes`` are fields that shall differ. Raises ``ValueError``.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"a preset is one of {', '.join(_PRESETS)}, not {name!r}")
+        values = dict(_PRESETS[name])
+        values["opcodes"] = frozenset(code for code in implemented_opcodes() if values["opcodes"] >> code & 1)
+        return cls(**values | changes)
 
     def __post_init__(self) -> None:
         limits = {
@@ -87,6 +121,8 @@ class DsaConfig:
                 raise ValueError(f"{name} is {low} to {high}, not {value}")
         if not (self.shared or self.dedicated):
             raise ValueError("a WQ is shared or dedicated: at least one of the two")
+        if self.occupancy_interrupt and not self.occupancy:
+            raise ValueError("the occupancy interrupt needs the occupancy")
         if not (self.config_en or self.dedicated):
             raise ValueError("the fixed configuration has a dedicated WQ")
         if self.int_handles and not self.command_capabilities:
@@ -105,6 +141,7 @@ class DsaConfig:
             | lib.IDXD_GENCAP_CMD_CAP * self.command_capabilities
             | lib.IDXD_GENCAP_DEST_READBACK * self.dest_readback
             | lib.IDXD_GENCAP_DRAIN_READBACK * self.drain_readback
+            | int(self.event_log) << lib.IDXD_GENCAP_EVL_SUPPORT_SHIFT
             | self.max_xfer_shift << lib.IDXD_GENCAP_MAX_XFER_SHIFT_SHIFT
             | self.max_batch_shift << lib.IDXD_GENCAP_MAX_BATCH_SHIFT_SHIFT
             | lib.IDXD_GENCAP_CONFIG_EN * self.config_en
@@ -120,7 +157,9 @@ class DsaConfig:
             | lib.IDXD_WQCAP_SHARED_MODE * self.shared
             | lib.IDXD_WQCAP_DEDICATED_MODE * self.dedicated
             | lib.IDXD_WQCAP_PRIORITY * self.priority
+            | lib.IDXD_WQCAP_WQ_ATS_SUPPORT * self.wq_ats
             | lib.IDXD_WQCAP_OCCUPANCY * self.occupancy
+            | lib.IDXD_WQCAP_OCCUPANCY_INT * self.occupancy_interrupt
             | lib.IDXD_WQCAP_OP_CONFIG * self.op_config
         )
 

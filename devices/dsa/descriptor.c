@@ -1,7 +1,7 @@
 /*
  * The life of one descriptor: checks, operation, completion record, interrupt (Intel DSA 1.2 chapter 5 and 8.1).
  *
- * An error that no completion record can report goes to SWERR. A page fault ends the descriptor with the bytes done and
+ * An error that no completion record can report goes to the event log, or to SWERR. A page fault ends the descriptor with the bytes done and
  * the address, unless it blocks on faults: then it stays in hand and goes on where it was when the page is there.
  *
  * Not modelled: faults that page requests would resolve or refuse (status 0x04), privileged mode.
@@ -100,6 +100,8 @@ void dsa_work_begin(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_
     work->batch_index = 0;
     work->vector = dsa_flags(desc) & IDXD_OP_FLAG_RCI ? vector_of(dsa, slot, desc) : -1;
     work->record.status = check(dsa, slot, work);
+    if (atomic_load_explicit(&dsa->injections, memory_order_relaxed) && !work->record.status)
+        dsa_inject(dsa, slot, work);
     work->phase = work->record.status ? DSA_PHASE_RECORD : DSA_PHASE_RUN;
 }
 
@@ -115,8 +117,9 @@ int dsa_account(struct dsa_work *work, int result)
     return DSA_DONE;
 }
 
-static void swerr(struct pv_dsa *dsa, const struct dsa_slot *slot, const struct dsa_work *work, uint64_t code,
-                  bool write, uint64_t address)
+/* Reports what no record can: DSA_DONE, or DSA_WAIT: try again later. */
+static int report(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work, uint64_t code, bool write,
+                  uint64_t address)
 {
     bool invalid_flags = work->record.status == DSA_COMP_INVALID_FLAGS;
     struct dsa_swerr error = {
@@ -130,7 +133,21 @@ static void swerr(struct pv_dsa *dsa, const struct dsa_slot *slot, const struct 
                        (invalid_flags ? (uint64_t)work->record.invalid_flags << IDXD_SWERR_INVALID_FLAGS_SHIFT : 0),
         .fault_addr = address,
     };
-    dsa_report_swerr(dsa, &error);
+    int result = dsa_log_event(dsa, slot, work, &error);
+    if (result == -ECANCELED)
+        return DSA_WAIT;
+    if (result)
+        dsa_report_swerr(dsa, &error);
+    return DSA_DONE;
+}
+
+/* What must go to the event log because something before it did, so that software sees the two in order; 0: nothing. */
+static uint64_t follows_an_event(const struct pv_dsa *dsa, const struct dsa_slot *slot, const struct dsa_work *work)
+{
+    uint32_t opcode = dsa_opcode(&work->desc);
+    if (opcode == DSA_OPCODE_BATCH && slot->batch.logged && work->op)
+        return DSA_COMP_BATCH_EVL_ERR;
+    return opcode == DSA_OPCODE_DRAIN && dsa->wq[slot->wq].logged ? DSA_COMP_DRAIN_EVL : 0;
 }
 
 /* The status byte becomes visible last: a driver polls it. */
@@ -146,28 +163,29 @@ static int store_record(void *arg, uint8_t *ptr, uint64_t len)
 }
 
 /* DSA_DONE, or DSA_WAIT: try again later. */
-static int write_record(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_work *work)
+static int write_record(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work)
 {
     uint32_t flags = dsa_flags(&work->desc);
     uint8_t status = work->record.status;
     bool error = status != DSA_COMP_SUCCESS;
     bool aligned = work->desc.completion_addr % DSA_COMPLETION_SIZE == 0;
     work->failed |= error;
-    if (!(flags & IDXD_OP_FLAG_CRAV) || !aligned) {
-        if (error)
-            swerr(dsa, slot, work, status & DSA_COMP_STATUS_MASK, status & DSA_COMP_STATUS_WRITE,
-                  work->record.fault_addr);
-        return DSA_DONE;
-    }
+    if (!(flags & IDXD_OP_FLAG_CRAV) || !aligned)
+        return error ? report(dsa, slot, work, status & DSA_COMP_STATUS_MASK, status & DSA_COMP_STATUS_WRITE,
+                              work->record.fault_addr)
+                     : DSA_DONE;
     if (!error && !(flags & IDXD_OP_FLAG_RCR))
         return DSA_DONE;
+    uint64_t code = follows_an_event(dsa, slot, work);
+    if (code)
+        return report(dsa, slot, work, code, true, work->desc.completion_addr);
     int result = pv_bus_walk(dsa->bus, work->desc.completion_addr, DSA_COMPLETION_SIZE, PV_DMA_WRITE, store_record,
                              &work->record, &work->dma);
     if (result == -ECANCELED || (result && flags & IDXD_OP_FLAG_BOF && dsa->wq[slot->wq].bof))
         return DSA_WAIT;
     if (result) {
         work->failed = true;
-        swerr(dsa, slot, work, DSA_COMP_CRA_XLAT, true, work->dma.fault_iova);
+        return report(dsa, slot, work, DSA_COMP_CRA_XLAT, true, work->dma.fault_iova);
     }
     return DSA_DONE;
 }

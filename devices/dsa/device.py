@@ -1,7 +1,7 @@
 """The DSA as a PCI function: BAR0 registers, BAR2 portals, the task that executes commands.
 
 Portals go straight to C; everything else is here. See dsa_engine.h for what the data path does not model. Beyond
-that: no PASID capability, no event log, never halts.
+that: no PASID capability. It halts only when told to (faults.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import trio
 from pvfio.abi import ffi, lib
 from pvfio.devices.dsa.commands import Commands
 from pvfio.devices.dsa.config import DsaConfig
+from pvfio.devices.dsa.faults import FaultHooks
 from pvfio.devices.dsa.registers import Registers
 from pvfio.devices.pci import Bar, MsixLayout, PciFunction, PciIdentity
 from pvfio.silicon import BusMaster, Engine, EngineKind
@@ -30,7 +31,7 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-class DsaDevice(PciFunction):
+class DsaDevice(FaultHooks, PciFunction):
     """An Intel DSA, 8086:0b25.
 
     ``engine``: ``"inline"`` runs descriptors in whoever submits them, ``"thread"`` in a thread of the device's own;
@@ -73,7 +74,7 @@ class DsaDevice(PciFunction):
         self._portals = path.portals()
         self.engine = Engine(lib.pv_dsa_engine(self._dsa), path, engine)
         self._value = ffi.new("uint64_t *")
-        self._registers = Registers(config, self._dsa, self._command, self._permissions)
+        self._registers = Registers(config, self._dsa, self._command, self._permissions, self._occupancy)
         self._commands = Commands(config, self._registers, self._dsa, self)
         self._commands.release_all_handles()
         # Commands on their way to the task, each with the number of resets before it.
@@ -91,6 +92,8 @@ class DsaDevice(PciFunction):
                 error, result = await self._commands.execute(value)
                 if resets == self._resets:
                     self._complete(value, error, result)
+            if self._running.cancelled_caught and resets == self._resets:
+                self._complete(value, lib.IDXD_CMDSTS_HW_ERR, 0)
             self._running = None
 
     def _complete(self, value: int, error: int, result: int) -> None:
@@ -106,6 +109,9 @@ class DsaDevice(PciFunction):
 
     def _permissions(self, vector: int) -> None:
         self._commands.update_handle(vector)
+
+    def _occupancy(self, wq: int) -> None:
+        self._commands.watch_occupancy(wq)
 
     # Hooks of the PCI function.
 
@@ -135,7 +141,8 @@ class DsaDevice(PciFunction):
             self.engine.kick()
 
     def on_reset(self) -> None:
-        """Everything as after power-on; a command in progress is forgotten."""
+        """Everything as after power-on; a command in progress is forgotten. One that needs more stays halted."""
+        halted, reset_type = self.needs_system_reset, self._registers.reset_type
         self._resets += 1
         if self._running is not None:
             self._running.cancel()
@@ -144,6 +151,13 @@ class DsaDevice(PciFunction):
         self._commands.reset()
         self._commands.release_all_handles()
         self._registers.cmdsts = 0
+        if halted:
+            self._commands.halt(reset_type)
+
+    async def system_reset(self) -> None:
+        """The reset of the whole system, seen from here: the device comes back from every halt. As ``reset``."""
+        self._registers.reset_type = lib.IDXD_DEVICE_RESET_SOFTWARE
+        await self.reset()
 
     def close(self) -> None:
         """Ends DMA and the engine's work for good; portals answer as with memory decoding off."""

@@ -68,6 +68,8 @@ struct pv_dsa *pv_dsa_create(const struct pv_dsa_config *config, struct pv_bus *
     dsa->flags = DSA_DESC_FLAGS_MASK & ~flags_without(config->gencap);
     dsa->portals = (struct pv_mmio){&dsa_portal_ops, dsa, (uint64_t)config->wqs * IDXD_WQ_PORTAL_STRIDE};
     atomic_flag_clear(&dsa->swerr_lock.flag);
+    atomic_flag_clear(&dsa->log.lock.flag);
+    atomic_flag_clear(&dsa->injection_lock.flag);
     dsa->watch_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (dsa->watch_fd >= 0 && allocate(dsa))
         dsa->engine = pv_engine_create(dsa_step, dsa, kind, 0);
@@ -159,6 +161,7 @@ int pv_dsa_wq_enable(struct pv_dsa *dsa, uint32_t index, const struct pv_dsa_wq_
     wq->credit = 0;
     for (int i = 0; i < 4; i++)
         wq->op_config[i] = config->op_config[i] & dsa->config.opcap[i];
+    wq->logged = false;
     memset(wq->slot, 0, sizeof(wq->slot));
     wq->state = IDXD_WQ_STATE_ENABLED;
     dsa_unlock(&wq->lock);

@@ -7,7 +7,7 @@
  * descriptor, so one that waits (block on fault) does not hold up the others.
  *
  * Not modelled: PASIDs (a descriptor's PASID is not looked at), traffic classes, steering tags, cache control
- * (accepted hints without effect), read buffer limits, interrupt message storage, the event log.
+ * (accepted hints without effect), read buffer limits, interrupt message storage.
  */
 #ifndef PVFIO_DSA_ENGINE_H
 #define PVFIO_DSA_ENGINE_H
@@ -87,6 +87,39 @@ uint32_t pv_dsa_intcause(struct pv_dsa *dsa);
 void pv_dsa_intcause_clear(struct pv_dsa *dsa, uint32_t bits);
 void pv_dsa_swerr(struct pv_dsa *dsa, struct dsa_swerr *out);
 void pv_dsa_swerr_clear(struct pv_dsa *dsa, uint64_t bits);
+
+/* Empties the event log and gives it a ring of `size` entries at the IOVA `base`; size 0: there is no log. */
+void pv_dsa_log_enable(struct pv_dsa *dsa, uint64_t base, uint32_t size);
+/* EVLSTATUS. */
+uint64_t pv_dsa_log_status(struct pv_dsa *dsa);
+/* The entry software reads next; one beyond the ring is ignored. */
+void pv_dsa_log_head(struct pv_dsa *dsa, uint32_t head);
+void pv_dsa_log_clear_pending(struct pv_dsa *dsa);
+
+/* While on, portals take nothing and say nothing. */
+void pv_dsa_halt(struct pv_dsa *dsa, int on);
+
+/* The vector, < 0: none, and what WQCFG has: limit 15:0, interrupt enable 16. */
+void pv_dsa_occupancy_watch(struct pv_dsa *dsa, uint32_t wq, int vector, uint32_t limit);
+int pv_dsa_occupancy_pending(struct pv_dsa *dsa, uint32_t wq);
+void pv_dsa_occupancy_clear(struct pv_dsa *dsa, uint32_t wq);
+
+#define PV_DSA_ANY 0x100
+
+/* How a descriptor that passed its checks ends instead of running. */
+struct pv_dsa_injection {
+    uint32_t status;
+    uint32_t opcode, wq; /* of the descriptors meant; PV_DSA_ANY */
+    uint32_t skip;       /* how many of them run before */
+    uint32_t times;
+    uint32_t bytes_completed;
+    uint64_t fault_addr;
+};
+
+/* 0, -ENOSPC. */
+int pv_dsa_inject(struct pv_dsa *dsa, const struct pv_dsa_injection *injection);
+/* Forgets injections that have not happened. */
+void pv_dsa_inject_clear(struct pv_dsa *dsa);
 
 /* CRC-32C as the CRC32 instruction has it, without inversions; portable: not 0 avoids the instruction. */
 uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable);

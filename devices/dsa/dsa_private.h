@@ -18,6 +18,7 @@
 #define DSA_BATCH_TURN 64      /* members a batch runs before others get a turn */
 #define DSA_CHUNK (1u << 20)   /* bytes an operation moves before it looks whether somebody waits for it */
 #define DSA_PORTAL_SLOTS 64
+#define DSA_INJECTIONS 16
 
 /* What a piece of work answers; negative: -EFAULT or -ECANCELED from the bus. */
 enum dsa_step {
@@ -53,6 +54,10 @@ struct dsa_wq {
     uint32_t max_batch;
     uint32_t flags; /* descriptor flags this WQ allows */
     uint64_t op_config[4];
+    _Atomic uint32_t occupancy_limit; /* as WQCFG has it: limit 15:0, interrupt enable 16 */
+    _Atomic int32_t occupancy_vector;
+    _Atomic bool occupancy_pending;
+    bool logged; /* a record went to the event log since the last drain; the engine's */
     struct dsa_hw_desc *ring;
     uint8_t *portal; /* of each descriptor in the ring: the page it came through */
     struct dsa_portal_slot slot[DSA_PORTAL_SLOTS];
@@ -82,7 +87,17 @@ struct dsa_batch {
     uint32_t first, count; /* of the fetched ones */
     bool running;     /* `member` is in hand */
     bool failed;
+    bool logged; /* a member's record went to the event log */
     struct dsa_work member;
+};
+
+/* The engine alone writes entries and moves the tail. */
+struct dsa_event_log {
+    struct dsa_lock lock;
+    bool enabled, pending;
+    uint64_t base;
+    uint32_t size; /* entries */
+    uint32_t head, tail;
 };
 
 /* One engine of the device. */
@@ -118,6 +133,11 @@ struct pv_dsa {
     _Atomic uint32_t genctrl, intcause;
     struct dsa_lock swerr_lock;
     struct dsa_swerr swerr;
+    struct dsa_event_log log;
+    _Atomic bool halted;
+    _Atomic uint32_t injections; /* how many there are */
+    struct dsa_lock injection_lock;
+    struct pv_dsa_injection injection[DSA_INJECTIONS];
     _Atomic int32_t *vector_of; /* by interrupt handle */
     struct dsa_wq *wq;
     struct dsa_group *group;
@@ -178,6 +198,12 @@ int dsa_account(struct dsa_work *work, int result);
 
 int dsa_step(void *dsa);
 void dsa_report_swerr(struct pv_dsa *dsa, const struct dsa_swerr *error);
+/* Work whose end no completion record can tell, in the event log. 0, -ENOSPC: no log, or none that takes it; -ECANCELED. */
+int dsa_log_event(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work, const struct dsa_swerr *error);
+/* Ends work as an injection wants it: true where one did. */
+bool dsa_inject(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_work *work);
+/* A descriptor left the WQ's queue. */
+void dsa_occupancy(struct pv_dsa *dsa, struct dsa_wq *wq);
 extern const struct pv_mmio_ops dsa_portal_ops;
 
 void dsa_lock(struct dsa_lock *lock);

@@ -22,9 +22,13 @@ static void refuse(struct pv_dsa *dsa, uint32_t index, const struct dsa_hw_desc 
     dsa_report_swerr(dsa, &error);
 }
 
-/* Under the lock: 0, or the software error a posted write gives. */
-static uint64_t push(struct dsa_wq *wq, const struct dsa_hw_desc *desc, uint32_t page, bool nonposted)
+#define HALTED UINT64_MAX
+
+/* Under the lock: 0, HALTED, or the software error a posted write gives. */
+static uint64_t push(struct pv_dsa *dsa, struct dsa_wq *wq, const struct dsa_hw_desc *desc, uint32_t page, bool nonposted)
 {
+    if (atomic_load_explicit(&dsa->halted, memory_order_relaxed))
+        return HALTED;
     if (wq->state != IDXD_WQ_STATE_ENABLED)
         return DSA_SWERR_WQ_NOT_ENABLED;
     if (wq->dedicated == nonposted)
@@ -50,13 +54,14 @@ static int submit(void *device, uint64_t offset, const void *src64, int nonposte
     struct dsa_wq *wq = &dsa->wq[index];
     memcpy(&desc, src64, sizeof(desc));
     dsa_lock(&wq->lock);
-    uint64_t code = push(wq, &desc, offset / IDXD_PORTAL_SIZE % IDXD_PORTALS_PER_WQ, nonposted);
+    uint64_t code = push(dsa, wq, &desc, offset / IDXD_PORTAL_SIZE % IDXD_PORTALS_PER_WQ, nonposted);
     dsa_unlock(&wq->lock);
     if (!code)
         return 0;
     if (nonposted)
         return -EAGAIN;
-    refuse(dsa, (uint32_t)index, &desc, code);
+    if (code != HALTED)
+        refuse(dsa, (uint32_t)index, &desc, code);
     return 0;
 }
 

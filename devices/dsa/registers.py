@@ -1,8 +1,9 @@
 """The DSA's registers as a driver sees them (Intel DSA 1.2 9.2): values, and which bits take writes when.
 
 Capabilities are constants; GRPCFG, WQCFG and MSIX_PERM are tables in memory with a mask per word; SWERR and INTCAUSE
-live in C, where engines report into them. Registers take writes of 4 and 8 bytes, others are dropped. Not modelled:
-event log registers (read zero).
+live in C, where engines report into them, as do the event log's head and tail. Registers take writes of 4 and 8
+bytes, others are dropped. The event log can be configured while it is off, and turned on and off while the device is
+disabled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ __all__ = ["Registers"]
 
 _MODE_ALWAYS: Final = lib.IDXD_WQCFG_PASID_MASK | lib.IDXD_WQCFG_PASID_EN | lib.IDXD_WQCFG_PRIV
 _MODE: Final = (
-    _MODE_ALWAYS | lib.IDXD_WQCFG_MODE_DEDICATED | lib.IDXD_WQCFG_BOF | lib.IDXD_WQCFG_PRIORITY_MASK
+    _MODE_ALWAYS
+    | lib.IDXD_WQCFG_MODE_DEDICATED
+    | lib.IDXD_WQCFG_BOF
+    | lib.IDXD_WQCFG_ATS_DISABLE
+    | lib.IDXD_WQCFG_PRIORITY_MASK
 )
 _LIMITS: Final = lib.IDXD_WQCFG_MAX_XFER_SHIFT_MASK | lib.IDXD_WQCFG_MAX_BATCH_SHIFT_MASK
 _PERM: Final = (
@@ -31,27 +36,39 @@ _GROUP_FLAGS_LOW: Final = (
     | lib.IDXD_GRPFLAGS_RDBUFS_MASK << lib.IDXD_GRPFLAGS_RDBUFS_RESERVED_SHIFT
     | lib.IDXD_GRPFLAGS_RDBUFS_MASK << lib.IDXD_GRPFLAGS_RDBUFS_ALLOWED_SHIFT
 )
-_SIZE, _THRESHOLD, _MODE_WORD, _LIMITS_WORD, _STATE_WORD, _OP_CONFIG = 0, 1, 2, 3, 6, 8
+_SIZE, _THRESHOLD, _MODE_WORD, _LIMITS_WORD = 0, 1, 2, 3
+_OCCUPANCY_HANDLE, _OCCUPANCY_LIMIT, _STATE_WORD, _OP_CONFIG = 4, 5, 6, 8
+_OCCUPANCY: Final = 0x1FFFF
+_EVLCFG_LOW: Final = lib.IDXD_EVLCFG_PASID_EN | lib.IDXD_EVLCFG_PRIV | 0xFFFFF000
 
 
 class Registers:
     """BAR0, the MSI-X pages excepted.
 
-    ``command`` is called with a value written to CMD; ``permissions`` with a vector whose MSIX_PERM changed.
+    ``command`` is called with a value written to CMD; ``permissions`` with a vector whose MSIX_PERM changed. After
+    the occupancy limit of an enabled WQ has changed, ``occupancy`` is called with its number.
     """
 
     def __init__(
-        self, config: DsaConfig, dsa: Any, command: Callable[[int], None], permissions: Callable[[int], None]
+        self,
+        config: DsaConfig,
+        dsa: Any,
+        command: Callable[[int], None],
+        permissions: Callable[[int], None],
+        occupancy: Callable[[int], None],
     ) -> None:
         self.config = config
         self._dsa = dsa
         self._command = command
         self._permissions = permissions
+        self._occupancy = occupancy
         self._swerr = ffi.new("struct dsa_swerr *")
         self.state: int = lib.IDXD_DEVICE_STATE_DISABLED
+        self.reset_type: int = lib.IDXD_DEVICE_RESET_SOFTWARE
         self.cmdsts = 0
         self.gencfg = 0
         self.genctrl = 0
+        self.evlcfg = 0
         self.wq_state = [lib.IDXD_WQ_STATE_DISABLED] * config.wqs
         self._wqcfg = bytearray(config.wqs * config.wqcfg_stride)
         self._grpcfg = bytearray(config.groups * lib.IDXD_GRPCFG_SIZE)
@@ -71,9 +88,11 @@ class Registers:
         self.reset_configuration()
 
     def reset_configuration(self) -> None:
-        """GENCFG, GENCTRL, GRPCFG and WQCFG as after power-on. WQs are disabled by now."""
+        """GENCFG, GENCTRL, EVLCFG, GRPCFG and WQCFG as after power-on. WQs are disabled by now."""
         self.gencfg = 0
         self.genctrl = 0
+        self.evlcfg = 0
+        lib.pv_dsa_log_enable(self._dsa, 0, 0)
         if self.config.config_en:
             self._grpcfg[:] = bytes(len(self._grpcfg))
             for wq in range(self.config.wqs):
@@ -179,7 +198,13 @@ class Registers:
             case lib.IDXD_GENCTRL_OFFSET:
                 return self.genctrl
             case lib.IDXD_GENSTATS_OFFSET:
-                return self.state
+                return self.state | self.reset_type << int(lib.IDXD_GENSTATS_RESET_TYPE_SHIFT)
+            case lib.IDXD_EVLCFG_OFFSET:
+                return self.evlcfg & (1 << 64) - 1
+            case offset if offset == lib.IDXD_EVLCFG_OFFSET + 8:
+                return self.evlcfg >> 64
+            case lib.IDXD_EVLSTATUS_OFFSET:
+                return int(lib.pv_dsa_log_status(self._dsa))
             case lib.IDXD_INTCAUSE_OFFSET:
                 return int(lib.pv_dsa_intcause(self._dsa))
             case lib.IDXD_CMDSTS_OFFSET:
@@ -199,6 +224,8 @@ class Registers:
             word |= lib.IDXD_WQCFG_MODE_SUPPORT
         if self.config.occupancy:
             word |= lib.pv_dsa_wq_occupancy(self._dsa, wq)
+        if lib.pv_dsa_occupancy_pending(self._dsa, wq):
+            word |= lib.IDXD_WQCFG_OCCUPANCY_INT
         return word
 
     def _write32(self, offset: int, value: int) -> None:
@@ -206,7 +233,11 @@ class Registers:
             case lib.IDXD_GENCFG_OFFSET:
                 self._write_gencfg(value)
             case lib.IDXD_GENCTRL_OFFSET:
-                self.genctrl = value & (lib.IDXD_GENCTRL_SOFTERR_INT_EN | lib.IDXD_GENCTRL_HALT_INT_EN)
+                self.genctrl = value & (
+                    lib.IDXD_GENCTRL_SOFTERR_INT_EN
+                    | lib.IDXD_GENCTRL_HALT_INT_EN
+                    | lib.IDXD_GENCTRL_EVL_INT_EN * self.config.event_log
+                )
                 lib.pv_dsa_set_genctrl(self._dsa, self.genctrl)
             case lib.IDXD_INTCAUSE_OFFSET:
                 lib.pv_dsa_intcause_clear(self._dsa, value)
@@ -214,6 +245,8 @@ class Registers:
                 self._command(value)
             case lib.IDXD_SWERR_OFFSET:
                 lib.pv_dsa_swerr_clear(self._dsa, value)
+            case _ if 0 <= offset - lib.IDXD_EVLCFG_OFFSET < 24:
+                self._write_event_log(offset - lib.IDXD_EVLCFG_OFFSET, value)
             case _:
                 self._write_table(offset, value)
 
@@ -222,7 +255,31 @@ class Registers:
         keep = lib.IDXD_GENCFG_USER_INT_EN
         if self.config.config_en and self.config.read_buffer_control and self._disabled():
             keep |= lib.IDXD_GENCFG_RDBUF_LIMIT_MASK
+        if self.config.event_log and self._disabled():
+            keep |= lib.IDXD_GENCFG_EVL_EN
+        was_on = self.gencfg & lib.IDXD_GENCFG_EVL_EN
         self.gencfg = self.gencfg & ~keep | value & keep
+        if self.gencfg & lib.IDXD_GENCFG_EVL_EN != was_on:
+            size = 0 if was_on else self.event_log_size
+            lib.pv_dsa_log_enable(self._dsa, self.evlcfg & lib.IDXD_EVLCFG_BASE_MASK, size)
+
+    @property
+    def event_log_size(self) -> int:
+        """EVLCFG's size, in entries."""
+        return self.evlcfg >> 64 & int(lib.IDXD_EVLCFG_SIZE_MASK)
+
+    def _write_event_log(self, at: int, value: int) -> None:
+        """A word of EVLCFG (four words) or EVLSTATUS (two)."""
+        if not self.config.event_log:
+            return
+        if at < 16:
+            if not self.gencfg & lib.IDXD_GENCFG_EVL_EN:
+                mask = (_EVLCFG_LOW, 0xFFFFFFFF, 0xFFFFFFFF, 0xF)[at // 4]  # size 15:0, PASID 35:16
+                self.evlcfg = self.evlcfg & ~(0xFFFFFFFF << 8 * at) | (value & mask) << 8 * at
+        elif at == 16:
+            lib.pv_dsa_log_head(self._dsa, value & lib.IDXD_EVLSTATUS_HEAD_MASK)
+        elif value << 32 & lib.IDXD_EVLSTATUS_INT_PENDING:
+            lib.pv_dsa_log_clear_pending(self._dsa)
 
     def _disabled(self) -> bool:
         return bool(self.state == lib.IDXD_DEVICE_STATE_DISABLED)
@@ -233,7 +290,10 @@ class Registers:
             return
         table, at = found
         if table is self._wqcfg:
-            mask = self._wq_mask(*divmod(at, self.config.wqcfg_stride))
+            wq, inside = divmod(at, self.config.wqcfg_stride)
+            if inside == 4 * _STATE_WORD and value & lib.IDXD_WQCFG_OCCUPANCY_INT:
+                lib.pv_dsa_occupancy_clear(self._dsa, wq)
+            mask = self._wq_mask(wq, inside)
         elif table is self._grpcfg:
             mask = self._group_mask(at % lib.IDXD_GRPCFG_SIZE)
         else:
@@ -242,10 +302,16 @@ class Registers:
         struct.pack_into("<I", table, at, old & ~mask | value & mask)
         if table is self._perm:
             self._permissions(at // lib.IDXD_MSIX_PERM_STRIDE)
+        elif table is self._wqcfg and inside == 4 * _OCCUPANCY_LIMIT:
+            self._occupancy(wq)
 
     def _wq_mask(self, wq: int, at: int) -> int:
-        """The writable bits: the size while the device is disabled, the rest while the WQ is."""
+        """The writable bits: the size while the device is disabled, the occupancy limit always, the rest while the WQ
+        is disabled.
+        """
         word = at // 4
+        if word == _OCCUPANCY_LIMIT:
+            return int(_OCCUPANCY) if self.config.occupancy_interrupt else 0
         if self.wq_state[wq] != lib.IDXD_WQ_STATE_DISABLED:
             return 0
         if not self.config.config_en:
@@ -254,6 +320,8 @@ class Registers:
             return 0xFFFF if self._disabled() else 0
         if word >= _OP_CONFIG:
             return 0xFFFFFFFF
+        if word == _OCCUPANCY_HANDLE:
+            return int(_OCCUPANCY) if self.config.occupancy_interrupt else 0
         return int({_THRESHOLD: 0xFFFF, _MODE_WORD: _MODE, _LIMITS_WORD: _LIMITS}.get(word, 0))
 
     def _group_mask(self, at: int) -> int:

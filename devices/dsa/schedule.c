@@ -56,6 +56,8 @@ static void dispatch(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_group
     atomic_store_explicit(&slot->busy_wq, slot->wq, memory_order_relaxed);
     atomic_store_explicit(&slot->sequence, head, memory_order_release);
     atomic_store_explicit(&wq->head, head + 1, memory_order_release);
+    if (atomic_load_explicit(&wq->occupancy_limit, memory_order_relaxed))
+        dsa_occupancy(dsa, wq);
 }
 
 static int run_slot(struct pv_dsa *dsa, struct dsa_slot *slot)

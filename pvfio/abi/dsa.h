@@ -417,6 +417,28 @@ struct dsa_swerr {
 #define IDXD_EVLSTATUS_TAIL_SHIFT 32
 #define IDXD_EVLSTATUS_INT_PENDING 0x4000000000000000
 
+/* An entry of the event log: what happened (bits as in SWERR's words 0 and 1), then the completion record. */
+#define DSA_EVL_ENTRY_SIZE 64
+#define DSA_EVL_ERR_INFO_VALID 0x80
+#define DSA_EVL_BATCH_ID_SHIFT 24
+#define DSA_EVL_INVALID_FLAGS_MASK 0xffffff /* error_info of status 0x11 */
+#define DSA_EVL_INT_HANDLE_MASK 0xffff      /* error_info of 0x19, 0x1a, 0x26, 0x27 */
+#define DSA_EVL_RCI 0x10000                 /* the interrupt was asked for, and not sent */
+#define DSA_EVL_IMS 0x20000
+#define DSA_EVL_RCR 0x40000
+#define DSA_EVL_FIRST_ERR_IN_BATCH 0x80000
+#define DSA_EVL_OPERAND_ID_SHIFT 29
+
+struct dsa_evl_entry {
+    uint64_t status;
+    uint16_t batch_idx;
+    uint16_t rsvd3;
+    uint32_t error_info;
+    uint64_t fault_addr;
+    uint64_t rsvd5;
+    struct dsa_completion_record cr;
+};
+
 /* MSIX_PERM: 8 bytes a vector */
 #define IDXD_MSIX_PERM_STRIDE 8
 #define IDXD_MSIX_PERM_IGNORE 0x4

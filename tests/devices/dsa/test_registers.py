@@ -134,7 +134,7 @@ def test_loads_of_every_size(request: pytest.FixtureRequest, size: int) -> None:
         (0x430, ONES, 0),
         (0x500, ONES, 0xFFFF),
         (0x504, ONES, 0xFFFF),
-        (0x508, ONES, 0x3FFFFFF3),
+        (0x508, ONES, 0x3FFFFFF7),
         (0x50C, ONES, 0x1FF),
         (0x510, ONES, 0),
         (0x518, ONES, lib.IDXD_WQCFG_MODE_SUPPORT),
