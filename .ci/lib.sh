@@ -9,9 +9,6 @@ trap 'rm -rf "$scratch"' EXIT
 bin=$project/.venv/bin # where the README's commands install
 
 export CI=${CI:-true} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-# A rig of other people's software to test against, where one lies beside the project.
-rig=$(dirname "$project")/shared/rig
-if [ -d "$rig" ]; then export PVFIO_RIG=$rig; fi
 
 stage() {
     printf '\n== %s (after %d s)\n' "$1" "$SECONDS"
