@@ -7,10 +7,13 @@ import gc
 import os
 from typing import Any
 
+import google_crc32c
+import numpy as np
 import pytest
 import trio
 
 import pvfio
+from pvfio.drivers.dsa import DsaDriver, DsaError
 from pvfio.errors import DeviceFailed, VfioError
 from pvfio.host.config import IommuConfig
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
@@ -35,6 +38,46 @@ async def test_a_device_reads_what_was_mapped_for_it(platform: Any) -> None:
         assert buffer.iova is not None
         await device.set_bus_master()
         assert machine.devices["testdev0"].requester.read(buffer.iova, 5) == b"hello"
+
+
+SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    # IOMMU, bits of an IOVA, levels of stage 1
+    "intel, 5-level": ({"five_level": True, "max_iova_width": 57}, 57, 5),
+    "amd, 5-level": ({"platform": "amd", "five_level": True, "max_iova_width": 64}, 57, 5),
+    "5-level hardware, 48 bits": ({"five_level": True}, 48, 4),
+    "57 bits without 5-level": ({"max_iova_width": 57}, 48, 4),
+    "39 bits": ({"max_iova_width": 39}, 39, 4),
+    "4 KiB pages only": ({"pgsize_bitmap": 1 << 12}, 48, 4),
+    "no ATS": ({"platform": "amd", "ats": False}, 48, 4),
+    "intel, stage 2 of 3 levels": ({"stage2_levels": 3}, 48, 4),
+    "intel, stage 2 of 5 levels": ({"stage2_levels": 5}, 48, 4),
+    "amd, stage 2 of 6 levels": ({"platform": "amd", "stage2_levels": 6}, 48, 4),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_dma_through_iommus_of_every_shape(shape: str) -> None:
+    """A transfer that ends with the last IOVA there is, crossing a 2 MiB boundary, and none after the unmap."""
+    options, bits, levels = SHAPES[shape]
+    size = (2 << 20) + 3 * 4096
+    config = MachineConfig(iommu=IommuConfig(**options), engine="inline", ram=64 << 20)
+    async with Machine(config) as machine, machine.open("dsa0") as device, DsaDriver(device) as dsa:
+        container = device.container
+        assert container.info().iova_ranges[-1][1] == (1 << bits) - 1
+        source = await container.alloc(size)
+        source[:] = np.random.default_rng(5).integers(0, 256, size)
+        target = await container.alloc(size, iova=(1 << bits) - size)
+        crc = await dsa.wq(0).copy_crc(target, source, size)
+        assert crc == google_crc32c.value(source.tobytes())
+        assert np.array_equal(target, source)
+        steps = machine.devices["dsa0"].requester.walk((1 << bits) - 1).steps
+        assert {step.level for step in steps if step.stage == 1} == set(range(1, levels + 1))
+        with pytest.raises(VfioError):
+            await container.alloc(4096, iova=1 << bits)
+        await container.free(target)
+        with pytest.raises(DsaError) as caught:
+            await dsa.wq(0).fill((1 << bits) - 4096, 0, 4096)
+        assert caught.value.fault_addr == (1 << bits) - 4096
 
 
 async def test_nothing_is_left_after_it() -> None:
