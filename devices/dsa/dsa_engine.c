@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "crc16_t10.h"
 #include "crc32c.h"
 #include "dsa_private.h"
 
@@ -343,4 +344,9 @@ void pv_dsa_swerr_clear(struct pv_dsa *dsa, uint64_t bits)
 uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable)
 {
     return portable ? dsa_crc32c_portable(crc, data, n) : dsa_crc32c(crc, data, n);
+}
+
+uint16_t pv_dsa_crc16_t10(uint16_t crc, const void *data, uint64_t n, int portable)
+{
+    return portable ? dsa_crc16_t10_portable(crc, data, n) : dsa_crc16_t10(crc, data, n);
 }

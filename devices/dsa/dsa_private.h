@@ -164,6 +164,7 @@ const struct dsa_op *dsa_op(uint32_t opcode);
 
 extern const struct dsa_op dsa_op_noop, dsa_op_batch, dsa_op_drain, dsa_op_memmove, dsa_op_memfill, dsa_op_compare,
     dsa_op_crcgen, dsa_op_copy_crc;
+extern const struct dsa_op dsa_op_dif_check, dsa_op_dif_ins, dsa_op_dif_strp, dsa_op_dif_updt, dsa_op_dix_gen;
 
 static inline uint32_t dsa_flags(const struct dsa_hw_desc *desc)
 {

@@ -39,6 +39,31 @@
 #define DSA_DRAIN_FLAG_SUPPRESS_TC_A 0x040000
 #define DSA_DRAIN_FLAG_SUPPRESS_TC_B 0x080000
 
+/* DIF flags: how the guard is computed, and of how many bytes */
+#define DSA_DIF_FLAG_BLOCK_SIZE_MASK 0x03 /* 512, 520, 4096, 4104 */
+#define DSA_DIF_FLAG_INVERT_CRC_SEED 0x04
+#define DSA_DIF_FLAG_INVERT_CRC_RESULT 0x08
+/* Source DIF flags: what is checked */
+#define DSA_DIF_SRC_FLAG_ALL_F_ERR 0x01 /* with ALL_F: such a block is an error */
+#define DSA_DIF_SRC_FLAG_ALL_F 0x02     /* a tuple of ones is not checked */
+#define DSA_DIF_SRC_FLAG_APP_TAG_F 0x04
+#define DSA_DIF_SRC_FLAG_APP_REF_TAG_F 0x08
+#define DSA_DIF_SRC_FLAG_APP_TAG_INC 0x10
+#define DSA_DIF_SRC_FLAG_GUARD_DISABLE 0x20
+#define DSA_DIF_SRC_FLAG_REF_TAG_DISABLE 0x40
+#define DSA_DIF_SRC_FLAG_REF_TAG_FIXED 0x80
+/* Destination DIF flags: what is written; PASS: the source's */
+#define DSA_DIF_DEST_FLAG_APP_TAG_PASS 0x08
+#define DSA_DIF_DEST_FLAG_APP_TAG_INC 0x10
+#define DSA_DIF_DEST_FLAG_GUARD_PASS 0x20
+#define DSA_DIF_DEST_FLAG_REF_TAG_PASS 0x40
+#define DSA_DIF_DEST_FLAG_REF_TAG_FIXED 0x80
+/* DIF status: the record's result byte */
+#define DSA_DIF_STATUS_GUARD 0x1
+#define DSA_DIF_STATUS_APP_TAG 0x2
+#define DSA_DIF_STATUS_REF_TAG 0x4
+#define DSA_DIF_STATUS_ALL_F 0x8
+
 /* Opcodes */
 #define DSA_OPCODE_NOOP 0x00
 #define DSA_OPCODE_BATCH 0x01
