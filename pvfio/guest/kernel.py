@@ -12,8 +12,8 @@ hot-plug events, sysfs.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pvfio.memory import GuestMemory
 
 __all__ = ["GuestKernel", "VfioNamespace"]
+
+_log = logging.getLogger("pvfio.guest.kernel")
 
 VFIO_PCI = "vfio-pci"
 
@@ -128,8 +130,7 @@ class GuestKernel:
             group = device.iommu_group
             if group is not None:
                 self.vfio.remove(device)
-                group.remove_device(device)
-                self._detach(device)
+                self._leave(group, device)
                 if not group.devices:
                     del self.groups[group.id]
             self.devices.remove(device)
@@ -183,10 +184,19 @@ class GuestKernel:
             self.iommu = None
         self.transport.close()
 
-    def _detach(self, device: PciDevice) -> None:
-        """Leaves the blocking domain too, so that it can be deleted; a function that is gone has left it."""
-        with suppress(HypercallError):
+    def _leave(self, group: IommuGroup, device: PciDevice) -> None:
+        """Out of the group, and of the blocking domain too, so that it can be deleted.
+
+        A function that the host took away by surprise cannot be blocked, and need not be.
+        """
+        try:
+            group.remove_device(device)
             self.transport.detach_device_domain(device.logical_id)
+        except HypercallError as error:
+            _log.warning("%s: %s", device.name, error)
+            if device.iommu_group is group:
+                group.devices.remove(device)
+                device.iommu_group = None
 
     def _group(self, device: PciDevice, shared: IommuGroup | None) -> IommuGroup | None:
         """Puts a function the IOMMU accepts into a group, the shared one or a new one."""

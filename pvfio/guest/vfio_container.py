@@ -10,11 +10,12 @@ Not modelled: no-IOMMU groups, emulated-IOMMU groups, SPAPR.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pvfio.abi import lib
-from pvfio.errors import VfioError
+from pvfio.errors import HypercallError, IommuError, VfioError
 from pvfio.guest.type1_ioctl import check_extension
 from pvfio.guest.vfio_files import FileTable
 
@@ -72,25 +73,31 @@ class ContainerFile:
         """Puts a group in: claims its DMA, and, with an IOMMU type set, gives it the container's address
         space.
 
-        Raises EPERM where it is not viable and what the IOMMU type refuses; the group is not in then.
+        Raises EPERM where it is not viable and what the host or the IOMMU type refuses; the group is not in
+        then.
         """
-        group.claim_dma_owner(self)
-        if self.iommu is not None:
-            try:
-                self.iommu.attach_group(group)
-            except BaseException:
-                group.release_dma_owner()
-                raise
+        with _as_vfio_errors("SET_CONTAINER"):
+            group.claim_dma_owner(self)
+            if self.iommu is not None:
+                try:
+                    self.iommu.attach_group(group)
+                except BaseException:
+                    group.release_dma_owner()
+                    raise
         self.groups.append(group)
 
     def detach(self, group: IommuGroup) -> None:
-        """Takes a group out; the last one takes the IOMMU type and every mapping with it."""
-        if self.iommu is not None:
-            self.iommu.detach_group(group)
+        """Takes a group out; the last one takes the IOMMU type and every mapping with it.
+
+        Raises what the host's refusal means; the group is still in then, and a later call begins again.
+        """
+        with _as_vfio_errors("UNSET_CONTAINER"):
+            if self.iommu is not None and group in self.iommu.groups:
+                self.iommu.detach_group(group)
+            group.release_dma_owner()
         self.groups.remove(group)
         if not self.groups:
             self.iommu = None
-        group.release_dma_owner()
 
     def _set_iommu(self, kind: int) -> int:
         if not self.groups or self.iommu is not None:
@@ -110,3 +117,11 @@ class ContainerFile:
             raise
         self.iommu = iommu
         return 0
+
+
+@contextmanager
+def _as_vfio_errors(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except (HypercallError, IommuError) as error:
+        raise VfioError(error.errno or errno.EIO, operation, error.reason) from error

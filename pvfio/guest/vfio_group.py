@@ -9,6 +9,7 @@ Not modelled: KVM's reference to a group, device cdevs (iommufd).
 from __future__ import annotations
 
 import errno
+import logging
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
 
 __all__ = ["GroupFile", "VfioGroup"]
+
+_log = logging.getLogger("pvfio.guest.vfio_group")
 
 _NAME_MAX = 4096
 
@@ -49,11 +52,18 @@ class VfioGroup:
         return self._file is not None
 
     def open(self) -> GroupFile:
-        """Opens the group's file. Raises ENODEV with no device bound to vfio-pci, EBUSY while it is open."""
+        """Opens the group's file.
+
+        Raises ENODEV with no device bound to vfio-pci, EBUSY while it is open, and what the host's refusal
+        means where its devices could not be blocked when it was closed.
+        """
         if not self.devices:
             raise VfioError(errno.ENODEV, f"open group {self.id}", "no device is bound to vfio-pci")
         if self._file is not None:
             raise VfioError(errno.EBUSY, f"open group {self.id}", "it is open")
+        if self.container is not None:
+            # Its devices could not be blocked when it was closed.
+            self.unset_container()
         self._file = GroupFile(self)
         return self._file
 
@@ -73,8 +83,8 @@ class VfioGroup:
             raise self._error(errno.EINVAL, "UNSET_CONTAINER", "it has no container")
         if self._device_users:
             raise self._error(errno.EBUSY, "UNSET_CONTAINER", f"{self._device_users} device files are open")
-        container, self.container = self.container, None
-        container.detach(self.iommu_group)
+        self.container.detach(self.iommu_group)
+        self.container = None
 
     async def open_device(self, name: str) -> DeviceFile:
         """Opens a device by name. Cancelled or failed: not opened."""
@@ -98,12 +108,18 @@ class VfioGroup:
             self.release()
 
     def release(self) -> None:
-        """The group's file is gone, if no device file keeps it: out of the container, and free to be opened."""
+        """The group's file is gone, if no device file keeps it: out of the container, and free to be opened.
+
+        Where the host does not let its devices go, the group stays claimed, and opening it tries again.
+        """
         if self._device_users:
             return
         self._file = None
         if self.container is not None:
-            self.unset_container()
+            try:
+                self.unset_container()
+            except VfioError as error:
+                _log.warning("group %d stays claimed: %s", self.id, error)
 
     def _error(self, number: int, operation: str, reason: str) -> VfioError:
         return VfioError(number, operation, f"group {self.id}: {reason}")

@@ -15,6 +15,7 @@ import os
 import select
 import struct
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -157,7 +158,9 @@ class VfioIrqs:
             trigger.close()
         self._single.clear()
         if self._pci.interrupt_pin:
-            self._pci.channel.set_intx(self._pci.function, None)
+            # A function that was taken away has no pin.
+            with suppress(OSError):
+                self._pci.channel.set_intx(self._pci.function, None)
 
     def signal(self, index: int) -> bool:
         """The kernel's own message (ERR: the device reported an error, REQ: give it back); false if unheard."""

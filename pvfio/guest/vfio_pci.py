@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from pvfio.abi import ffi, lib
-from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
+from pvfio.errors import DeviceFailed, VfioError
 from pvfio.guest.vfio_config import VirtualConfig
 from pvfio.guest.vfio_files import FileTable, argument, write_capabilities
 from pvfio.guest.vfio_irq import Spawn, VfioIrqs
@@ -98,7 +98,7 @@ class VfioPciDevice:
             return
         try:
             await self.pci.reset()
-        except (DeadlineExceeded, DeviceFailed) as error:
+        except (OSError, DeviceFailed) as error:
             _log.warning("%s: not reset when it was closed: %s", self.pci.name, error)
 
     def _msix_pages(self) -> dict[int, list[Area]]:

@@ -203,3 +203,49 @@ async def test_an_unknown_request_of_type1(emulated: Any) -> None:
         with refused(errno.ENOTTY):
             device.container.file.ioctl(0x3BFF, 0)
         assert device.container.check_extension(lib.VFIO_UNMAP_ALL)
+
+
+async def test_a_group_the_host_does_not_let_go_stays_claimed(emulated: Any) -> None:
+    machine = await emulated()
+    kernel, device = machine.kernel, machine.kernel.devices[0]
+    attach = lib.HVCALL_ATTACH_DEVICE_DOMAIN
+    async with await machine.vfio.open_container() as container:
+        group = await machine.vfio.open_group(0)
+        machine.hypervisor.inject(attach, lib.HV_STATUS_INSUFFICIENT_MEMORY)
+        with refused(errno.ENOMEM):
+            group.set_container(container)
+        assert not group.status().container_set
+        assert device.iommu_group.domain.kind == "identity"
+        group.set_container(container)
+        machine.hypervisor.inject(attach, lib.HV_STATUS_INSUFFICIENT_MEMORY)
+        with refused(errno.ENOMEM):
+            await container.set_iommu()
+        await container.set_iommu()
+        await container.alloc(4096)
+        machine.hypervisor.inject(attach, lib.HV_STATUS_INSUFFICIENT_MEMORY)
+        with refused(errno.ENOMEM):
+            group.unset_container()
+        assert group.status().container_set
+        assert machine.memory.stats().pins == 1
+        machine.hypervisor.inject(attach, lib.HV_STATUS_INSUFFICIENT_MEMORY, times=2)
+        await group.close()
+        with refused(errno.ENOMEM):
+            await machine.vfio.open_group(0)
+        with refused(errno.EBUSY):
+            kernel.bind(device, "idxd")
+        group = await machine.vfio.open_group(0)
+        assert machine.memory.stats().pins == 0
+        assert not group.status().container_set
+        await group.close()
+
+
+async def test_a_device_that_is_taken_away_can_be_closed(
+    emulated: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = await emulated(intx=True)
+    async with machine.vfio.open_device(machine.names[0]) as device:
+        await device.irq(lib.VFIO_PCI_MSIX_IRQ_INDEX).enable(2)
+        await device.container.alloc(4096)
+        machine.buses[0].unplug(0)
+        assert await device.region(2).read(0) == 0xFFFFFFFF
+    assert "not reset when it was closed" in caplog.text
