@@ -70,7 +70,10 @@ class Region(ABC):
             return
         if self.closed_areas:
             self._check_open("doorbell", offset, size)
-        rc = lib.pv_mmio_store(mmio, offset, size, value)
+        try:
+            rc = lib.pv_mmio_store(mmio, offset, size, value)
+        except OverflowError:  # not a number of 64 bits
+            rc = -errno.EINVAL
         if rc < 0:
             raise self._error(-rc, "doorbell", offset, size)
 
@@ -89,7 +92,10 @@ class Region(ABC):
             raise self._error(errno.ENOTTY, "movdir64b", offset, size)
         if self.closed_areas:
             self._check_open("movdir64b", offset & ~0xFFF, 4096)
-        rc = lib.pv_mmio_movdir64b(self.mmio, offset, data, size >> 6)
+        try:
+            rc = lib.pv_mmio_movdir64b(self.mmio, offset, data, size >> 6)
+        except OverflowError:
+            rc = -errno.EINVAL
         if rc < 0:
             raise self._error(-rc, "movdir64b", offset, size)
 
@@ -105,7 +111,10 @@ class Region(ABC):
             raise self._error(errno.ENOTTY, "enqcmd", offset, 64)
         if self.closed_areas:
             self._check_open("enqcmd", offset, 64)
-        rc = lib.pv_mmio_enqcmd(self.mmio, offset, data)
+        try:
+            rc = lib.pv_mmio_enqcmd(self.mmio, offset, data)
+        except OverflowError:
+            rc = -errno.EINVAL
         if rc == -errno.EAGAIN:
             return False
         if rc < 0:

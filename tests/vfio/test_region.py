@@ -20,7 +20,10 @@ PORTALS = 2
 
 @pytest.fixture
 async def device() -> AsyncIterator[Any]:
-    async with Machine(MachineConfig(engine="inline", ram=64 << 20)) as machine, machine.open("dsa0") as device:
+    async with (
+        Machine(MachineConfig(engine="inline", ram=64 << 20)) as machine,
+        machine.open("dsa0") as device,
+    ):
         yield device
 
 
