@@ -74,6 +74,7 @@ class DsaConfig:
     block_on_fault: bool = True
     overlap_copy: bool = True
     cache_control: bool = True
+    cache_control_flush: bool = False
     dest_readback: bool = True
     drain_readback: bool = False
     shared: bool = True
@@ -138,6 +139,7 @@ class DsaConfig:
             lib.IDXD_GENCAP_BLOCK_ON_FAULT * self.block_on_fault
             | lib.IDXD_GENCAP_OVERLAP_COPY * self.overlap_copy
             | lib.IDXD_GENCAP_CACHE_CONTROL_MEM * self.cache_control
+            | lib.IDXD_GENCAP_CACHE_CONTROL_CACHE * self.cache_control_flush
             | lib.IDXD_GENCAP_CMD_CAP * self.command_capabilities
             | lib.IDXD_GENCAP_DEST_READBACK * self.dest_readback
             | lib.IDXD_GENCAP_DRAIN_READBACK * self.drain_readback

@@ -18,7 +18,7 @@
 static uint32_t invalid_flags(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_op *op,
                               uint32_t flags, bool in_batch)
 {
-    uint32_t allowed = (op->flags | COMMON_FLAGS) & wq->flags;
+    uint32_t allowed = (op->flags | COMMON_FLAGS) & (wq->flags | op->optional);
     if (!(dsa->config.gencap & op->needs))
         allowed &= ~op->optional;
     if (!in_batch)
@@ -94,6 +94,7 @@ void dsa_work_begin(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_
     work->op = NULL;
     work->done = 0;
     work->crc = 0;
+    work->offset = 0;
     work->seeded = false;
     work->in_batch = work == &slot->batch.member;
     work->failed = false;

@@ -75,6 +75,7 @@ struct dsa_work {
     enum dsa_phase phase;
     int vector;   /* to fire when done, < 0: none */
     uint32_t crc;
+    uint32_t offset; /* of a delta record: the smallest the next one may have */
     bool seeded;
     bool in_batch;
     bool failed;  /* ended with another status than success, or could not say so */
@@ -164,6 +165,8 @@ const struct dsa_op *dsa_op(uint32_t opcode);
 
 extern const struct dsa_op dsa_op_noop, dsa_op_batch, dsa_op_drain, dsa_op_memmove, dsa_op_memfill, dsa_op_compare,
     dsa_op_crcgen, dsa_op_copy_crc;
+extern const struct dsa_op dsa_op_compval, dsa_op_cr_delta, dsa_op_ap_delta, dsa_op_dualcast, dsa_op_transl_fetch,
+    dsa_op_cflush;
 extern const struct dsa_op dsa_op_dif_check, dsa_op_dif_ins, dsa_op_dif_strp, dsa_op_dif_updt, dsa_op_dix_gen;
 
 static inline uint32_t dsa_flags(const struct dsa_hw_desc *desc)
@@ -183,10 +186,17 @@ void dsa_work_begin(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_
 int dsa_work_advance(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work);
 /* The transfer size check most operations have. */
 uint8_t dsa_check_xfer(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc);
-/* Whether source and destination share bytes, told by IOVA as hardware does. */
+/* Size and alignment in operations on delta records; `addresses` together, those that must be aligned. */
+uint8_t dsa_check_delta(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc,
+                        uint64_t addresses);
+/* Whether two ranges share bytes, told by IOVA as hardware does. */
+static inline bool dsa_ranges_overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_size)
+{
+    return b - a < a_size || a - b < b_size;
+}
 static inline bool dsa_overlaps(const struct dsa_hw_desc *desc)
 {
-    return desc->dst_addr - desc->src_addr < desc->xfer_size || desc->src_addr - desc->dst_addr < desc->xfer_size;
+    return dsa_ranges_overlap(desc->src_addr, desc->xfer_size, desc->dst_addr, desc->xfer_size);
 }
 /* Bytes to do in this call of `run`. */
 static inline uint64_t dsa_chunk(const struct dsa_work *work)

@@ -34,6 +34,7 @@
 #define DSA_CRC_FLAG_READ_SEED 0x010000       /* the seed is read from seed_addr */
 #define DSA_CRC_FLAG_BYPASS_INV_REF 0x020000  /* seed and result are neither inverted nor bit-reversed */
 #define DSA_CRC_FLAG_BYPASS_DATA_REF 0x040000 /* the bits of each data byte are taken high to low */
+#define DSA_TRANSL_FETCH_FLAG_STRIDE 0x010000 /* region_stride counts; else it is 4 KiB */
 #define DSA_DRAIN_FLAG_READBACK1_VALID 0x010000
 #define DSA_DRAIN_FLAG_READBACK2_VALID 0x020000
 #define DSA_DRAIN_FLAG_SUPPRESS_TC_A 0x040000
@@ -127,6 +128,12 @@
 #define DSA_DESC_FLAGS_MASK 0x00ffffff
 #define DSA_DESC_OPCODE_SHIFT 24
 
+/* Delta records: DSA_DELTA_SIZE bytes each, an offset in words of 8 bytes and the 8 bytes (unaligned). */
+#define DSA_DELTA_SIZE 10
+#define DSA_DELTA_WORD 8
+#define DSA_DELTA_MAX_XFER 0x80000 /* what offsets of 16 bits reach */
+#define DSA_DELTA_MIN_RECORD 80    /* of a delta record's maximum size: what the words of a cache line may need */
+
 #define DSA_DESC_SIZE 64
 #define DSA_COMPLETION_SIZE 32
 
@@ -139,6 +146,7 @@ struct dsa_hw_desc {
         uint64_t rdback_addr;
         uint64_t pattern;
         uint64_t desc_list_addr;
+        uint64_t transl_fetch_addr;
     };
     union {
         uint64_t dst_addr;
@@ -149,6 +157,7 @@ struct dsa_hw_desc {
     union {
         uint32_t xfer_size;
         uint32_t desc_count;
+        uint32_t region_size;
     };
     uint16_t int_handle;
     uint16_t rsvd1;
@@ -162,6 +171,10 @@ struct dsa_hw_desc {
         };
         uint32_t delta_rec_size;
         uint64_t dest2;
+        struct {
+            uint64_t transl_fetch_res;
+            uint32_t region_stride;
+        };
         struct {
             uint32_t crc_seed;
             uint32_t crc_rsvd;

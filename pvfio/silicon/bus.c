@@ -142,11 +142,8 @@ static inline int translate_pair(struct section *s, uint64_t dst, uint32_t dst_p
     return result;
 }
 
-/* Called for every pair of pieces of two ranges, inside a section; not zero ends the walk with that value. */
-typedef int (*pair_fn)(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, struct pv_dma *dma);
-
 static inline __attribute__((always_inline)) int walk_pair(struct pv_bus *bus, uint64_t a, uint32_t a_perm, uint64_t b,
-                                                           uint64_t n, pair_fn fn, void *arg, struct pv_dma *dma)
+                                                           uint64_t n, pv_pair_fn fn, void *arg, struct pv_dma *dma)
 {
     struct section s;
     struct pv_span at_a, at_b;
@@ -293,6 +290,52 @@ static int compare_pair(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, s
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma)
 {
     return walk_pair(bus, b, PV_DMA_READ, a, n, compare_pair, NULL, dma);
+}
+
+int pv_bus_pair_walk(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, pv_pair_fn fn, void *arg,
+                     struct pv_dma *dma)
+{
+    return walk_pair(bus, a, PV_DMA_READ, b, n, fn, arg, dma);
+}
+
+#define DUALCAST_BYTES 16384 /* small enough that the second copy finds them in a cache */
+
+static void copy_twice(uint8_t *dst1, uint8_t *dst2, const uint8_t *src, uint64_t n)
+{
+    for (uint64_t at = 0; at < n; at += DUALCAST_BYTES) {
+        uint64_t len = min64(n - at, DUALCAST_BYTES);
+        memmove(dst1 + at, src + at, len);
+        memmove(dst2 + at, src + at, len);
+    }
+}
+
+int pv_bus_dualcast(struct pv_bus *bus, uint64_t dst1, uint64_t dst2, uint64_t src, uint64_t n, struct pv_dma *dma)
+{
+    struct section s;
+    struct pv_span from, to1, to2;
+    begin(dma);
+    if (!n)
+        return 0;
+    int result = section_open(&s, bus);
+    if (result)
+        return result;
+    for (;;) {
+        uint64_t at = dma->done;
+        result = translate_pair(&s, dst1 + at, PV_DMA_WRITE, &to1, src + at, &from, n - at, dma);
+        if (!result)
+            result = translate(&s, dst2 + at, PV_DMA_WRITE, to1.len, &to2, dma);
+        if (result)
+            break;
+        copy_twice(to1.ptr, to2.ptr, from.ptr, to2.len);
+        dma->done += to2.len;
+        if (dma->done == n)
+            break;
+        result = section_use(&s, to2.len);
+        if (result)
+            return result;
+    }
+    section_close(&s);
+    return result;
 }
 
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)

@@ -88,6 +88,15 @@ void pv_table_bus_stats(struct pv_bus *bus, struct pv_table_bus_stats *out);
 
 int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv_span_fn fn, void *arg,
                 struct pv_dma *dma);
+/*
+ * Two ranges in step, both read, b translated first: fn sees the pieces inside a section; not zero ends the walk with
+ * that value, and then fn has added what is done of the piece to dma->done.
+ */
+typedef int (*pv_pair_fn)(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, struct pv_dma *dma);
+int pv_bus_pair_walk(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, pv_pair_fn fn, void *arg,
+                     struct pv_dma *dma);
+/* One read, two writes; the three ranges do not overlap. */
+int pv_bus_dualcast(struct pv_bus *bus, uint64_t dst1, uint64_t dst2, uint64_t src, uint64_t n, struct pv_dma *dma);
 /* As pv_bus_move, forward only, and fn sees each piece of the source after it was copied (copy and CRC in one pass). */
 int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
                      struct pv_dma *dma);

@@ -25,7 +25,18 @@ NOOP, BATCH, DRAIN, MEMMOVE, MEMFILL, COMPARE, CRCGEN, COPY_CRC = (
     lib.DSA_OPCODE_CRCGEN,
     lib.DSA_OPCODE_COPY_CRC,
 )
-ALL = (NOOP, BATCH, DRAIN, MEMMOVE, MEMFILL, COMPARE, CRCGEN, COPY_CRC)
+COMPVAL, CR_DELTA, AP_DELTA, DUALCAST, TRANSL_FETCH, CFLUSH = (
+    lib.DSA_OPCODE_COMPVAL,
+    lib.DSA_OPCODE_CR_DELTA,
+    lib.DSA_OPCODE_AP_DELTA,
+    lib.DSA_OPCODE_DUALCAST,
+    lib.DSA_OPCODE_TRANSL_FETCH,
+    lib.DSA_OPCODE_CFLUSH,
+)
+ALL = (
+    *(NOOP, BATCH, DRAIN, MEMMOVE, MEMFILL, COMPARE, CRCGEN, COPY_CRC),
+    *(COMPVAL, CR_DELTA, AP_DELTA, DUALCAST, TRANSL_FETCH, CFLUSH),
+)
 VALID: dict[int, dict[str, int]] = {
     NOOP: {},
     BATCH: {"desc_list_addr": LIST, "desc_count": 2},
@@ -35,6 +46,12 @@ VALID: dict[int, dict[str, int]] = {
     COMPARE: {"src_addr": MEMORY, "src2_addr": MEMORY, "xfer_size": 64},
     CRCGEN: {"src_addr": MEMORY, "xfer_size": 64},
     COPY_CRC: MOVE,
+    COMPVAL: {"src_addr": MEMORY, "xfer_size": 64},
+    CR_DELTA: MOVE | {"delta_addr": MEMORY + 0x8000, "max_delta_size": 80},
+    AP_DELTA: MOVE | {"delta_rec_size": 10},
+    DUALCAST: MOVE | {"dest2": MEMORY + 0x8000},
+    TRANSL_FETCH: {"src_addr": MEMORY, "xfer_size": 64},
+    CFLUSH: {"dst_addr": MEMORY, "xfer_size": 64},
 }
 
 

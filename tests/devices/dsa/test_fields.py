@@ -10,6 +10,14 @@ from tests.devices.dsa.rig import CRAV_RCR, LIST, MEMORY, Rig, descriptor
 
 pytestmark = pytest.mark.touches_c
 
+COMPVAL, CR_DELTA, AP_DELTA, DUALCAST, TRANSL_FETCH, CFLUSH = (
+    lib.DSA_OPCODE_COMPVAL,
+    lib.DSA_OPCODE_CR_DELTA,
+    lib.DSA_OPCODE_AP_DELTA,
+    lib.DSA_OPCODE_DUALCAST,
+    lib.DSA_OPCODE_TRANSL_FETCH,
+    lib.DSA_OPCODE_CFLUSH,
+)
 NOOP, BATCH, DRAIN, MEMMOVE, MEMFILL, COMPARE, CRCGEN, COPY_CRC = (
     lib.DSA_OPCODE_NOOP,
     lib.DSA_OPCODE_BATCH,
@@ -30,6 +38,12 @@ VALID: dict[int, dict[str, int]] = {
     COMPARE: {"src_addr": MEMORY, "src2_addr": MEMORY, "xfer_size": 64},
     CRCGEN: {"src_addr": MEMORY, "xfer_size": 64},
     COPY_CRC: MOVE,
+    COMPVAL: {"src_addr": MEMORY, "xfer_size": 64},
+    CR_DELTA: MOVE | {"delta_addr": MEMORY + 0x8000, "max_delta_size": 80},
+    AP_DELTA: MOVE | {"delta_rec_size": 10},
+    DUALCAST: MOVE | {"dest2": MEMORY + 0x8000},
+    TRANSL_FETCH: {"src_addr": MEMORY, "xfer_size": 64},
+    CFLUSH: {"dst_addr": MEMORY, "xfer_size": 64},
 }
 # What an operation reads beyond PASID, flags, completion address and interrupt handle: (first byte, bytes), 8.3.
 ADDRESS1, ADDRESS2, SIZE = (16, 8), (24, 8), (32, 4)
@@ -42,8 +56,19 @@ FIELDS: dict[int, tuple[tuple[int, int], ...]] = {
     COMPARE: (ADDRESS1, ADDRESS2, SIZE),
     CRCGEN: (ADDRESS1, SIZE, (40, 4), (48, 8)),
     COPY_CRC: (ADDRESS1, ADDRESS2, SIZE, (40, 4), (48, 8)),
+    COMPVAL: (ADDRESS1, ADDRESS2, SIZE),
+    CR_DELTA: (ADDRESS1, ADDRESS2, SIZE, (40, 8), (48, 4)),
+    AP_DELTA: (ADDRESS1, ADDRESS2, SIZE, (40, 4)),
+    DUALCAST: (ADDRESS1, ADDRESS2, SIZE, (40, 8)),
+    TRANSL_FETCH: (ADDRESS1, SIZE, (48, 4)),
+    CFLUSH: (ADDRESS2, SIZE),
 }
-EXPECTED_RESULT_BIT = 40 * 8
+# Single bits that it reads: expected results.
+BITS: dict[int, set[int]] = {
+    COMPARE: {40 * 8},
+    COMPVAL: {40 * 8},
+    CR_DELTA: {56 * 8, 56 * 8 + 1, 56 * 8 + 2},
+}
 PASID_RESERVED = range(20, 31)
 INTERRUPT_HANDLE = range(36 * 8, 38 * 8)
 
@@ -66,6 +91,12 @@ FLAGS: dict[int, int] = {
     COMPARE: BOF | TC1 | TC2 | lib.IDXD_OP_FLAG_CR,
     CRCGEN: BOF | TC1 | TC3 | CRC,
     COPY_CRC: BOF | TC1 | TC2 | TC3 | WRITES | CRC,
+    COMPVAL: BOF | TC1 | lib.IDXD_OP_FLAG_CR,
+    CR_DELTA: BOF | TC1 | TC2 | TC3 | WRITES | lib.IDXD_OP_FLAG_CR,
+    AP_DELTA: BOF | TC1 | TC2 | WRITES,
+    DUALCAST: BOF | TC1 | TC2 | TC3 | WRITES,
+    TRANSL_FETCH: BOF | TC1 | lib.IDXD_OP_FLAG_CC | lib.DSA_TRANSL_FETCH_FLAG_STRIDE,
+    CFLUSH: BOF | TC2 | WRITES & ~lib.IDXD_OP_FLAG_CC,
 }
 
 
@@ -74,7 +105,7 @@ def reserved_bits(opcode: int) -> set[int]:
     bits = set(PASID_RESERVED) | set(range(16 * 8, 64 * 8)) - set(INTERRUPT_HANDLE)
     for first, size in FIELDS[opcode]:
         bits -= set(range(8 * first, 8 * (first + size)))
-    return bits - {EXPECTED_RESULT_BIT} if opcode == COMPARE else bits
+    return bits - BITS.get(opcode, set())
 
 
 def status_with_bit(rig: Rig, opcode: int, bit: int) -> int:
