@@ -18,7 +18,7 @@ from pvfio.abi import dtype_of, ffi, lib
 from pvfio.drivers.dsa.descriptors import words_of
 from pvfio.drivers.dsa.errors import OperationAborted
 from pvfio.drivers.dsa.ring import Piece, RecordRing, Submission
-from pvfio.errors import DeadlineExceeded, DeviceFailed
+from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class SubmissionQueue:
         self._irq: tuple[Irq, int] | None = None
         self._handle = 0
         self._flags = int(lib.IDXD_OP_FLAG_CRAV | lib.IDXD_OP_FLAG_RCR)
-        self._listener = False  # a task waits for the interrupt and reaps for all
+        self._listener: trio.CancelScope | None = None  # of the task that waits for the interrupt, for all
         self._lot = trio.lowlevel.ParkingLot()
         self._turn = trio.Lock()  # who may wait for room
         self._closed: str | None = "not enabled"
@@ -299,7 +299,7 @@ class SubmissionQueue:
             await trio.lowlevel.checkpoint()
             return
         while not piece.done and not self._ring.complete(piece):
-            if self._listener:
+            if self._listener is not None:
                 await self._lot.park()
                 continue
             await self._listen()
@@ -308,13 +308,16 @@ class SubmissionQueue:
         """Waits for the WQ's interrupt, on behalf of every task that waits for a record of this WQ."""
         assert self._irq is not None
         irq, vector = self._irq
-        self._listener = True
         try:
-            await irq.wait(vector, deadline=self.driver.deadline)
+            with trio.CancelScope() as self._listener:
+                try:
+                    await irq.wait(vector, deadline=self.driver.deadline)
+                except (trio.ClosedResourceError, VfioError):  # torn down: a sweep follows, and wakes
+                    await self._lot.park()
         except DeadlineExceeded:
             pass  # the operation's own deadline decides
         finally:
-            self._listener = False
+            self._listener = None
             self._reap_all()
             self._lot.unpark_all()
 
@@ -360,16 +363,22 @@ class SubmissionQueue:
         for piece in [piece for piece in self._ring.pieces if not piece.done]:
             piece.submission.aborted = reason
             self._retire(piece)
-        self._lot.unpark_all()
+        self._wake()
 
     def _open(self, irq: tuple[Irq, int] | None, handle: int) -> None:
         self._irq, self._handle = irq, handle
         self._closed, self._paused = None, False
-        self._lot.unpark_all()
+        self._wake()
 
     def _pause(self) -> None:
         self._paused = True
 
     def _close(self, reason: str) -> None:
         self._closed, self._paused = reason, False
+        self._wake()
+
+    def _wake(self) -> None:
+        """Lets every waiting task look again, the one that waits for the interrupt too."""
+        if self._listener is not None:
+            self._listener.cancel()
         self._lot.unpark_all()

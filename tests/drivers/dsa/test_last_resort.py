@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from pvfio.abi import lib
-from pvfio.drivers.dsa import DsaDriver, WqConfig, descriptors
+from pvfio.drivers.dsa import DsaDriver, OperationAborted, WqConfig, descriptors
 from pvfio.errors import DeadlineExceeded, DeviceFailed
 from pvfio.machine import Machine, MachineConfig
 
@@ -106,3 +106,34 @@ async def test_an_abort_that_fails_closes_the_queue_until_a_recovery(
         r.engine.resume()
         for wq in r.dsa.wqs:
             await wq.noop()
+
+
+@pytest.mark.parametrize("completion", ["polled", "interrupt", "hybrid"])
+async def test_who_waits_when_the_device_is_given_up_hears_of_it(
+    autojump_clock: Any, monkeypatch: pytest.MonkeyPatch, completion: Any
+) -> None:
+    """One operation runs into its deadline, nothing stops the device, it is closed; others had time left."""
+    config = MachineConfig(engine="inline", ram=64 << 20)
+    outcomes: list[Exception] = []
+
+    async def patient(wq: Any, descriptors_: Any) -> None:
+        try:
+            await (await wq.submit(descriptors_, deadline=1000)).wait(deadline=1000)
+        except (OperationAborted, DeviceFailed) as error:
+            outcomes.append(error)
+
+    async with Machine(config) as machine, machine.open("dsa0") as device, trio.open_nursery() as nursery:
+        function: Any = machine.devices["dsa0"].function
+        wqs = [WqConfig(size=8, completion=completion)]
+        async with DsaDriver(device, wqs=wqs, command_deadline=0.2) as dsa:
+            deaf_to(function, lib.IDXD_CMD_ABORT_WQ, lib.IDXD_CMD_RESET_DEVICE)
+            monkeypatch.setattr(function, "function_level_reset", lambda: None)
+            function.engine.stop_before(0)
+            impatient = dsa.wq(0).submit_nowait(descriptors.noop(1))
+            for count in (2, 2, 20):
+                nursery.start_soon(patient, dsa.wq(0), descriptors.noop(count))
+            await trio.sleep(0.1)
+            with pytest.raises(DeviceFailed, match="closed and does no DMA"):
+                await impatient.wait(deadline=1)
+            await trio.sleep(0.1)
+            assert len(outcomes) == 3
