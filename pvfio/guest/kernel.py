@@ -281,7 +281,7 @@ class VfioNamespace:
                 del self.groups[entry.id]
 
     async def wait_unused(self, device: PciDevice) -> None:
-        """Asks for a function (REQ) and waits until it is closed."""
+        """Asks for a function (REQ) and waits until its user closes it, however long. Cancelling takes nothing back."""
         found = self.device(device)
         if found is not None and found.users:
             self.signal(device, lib.VFIO_PCI_REQ_IRQ_INDEX)
