@@ -13,7 +13,7 @@ from pvfio.drivers.dsa import descriptors
 from pvfio.drivers.dsa.batch import Batch
 from pvfio.drivers.dsa.capabilities import Capabilities
 from pvfio.drivers.dsa.configuration import WqConfig
-from pvfio.drivers.dsa.driver import DsaDriver, Recovery
+from pvfio.drivers.dsa.driver import DsaDriver
 from pvfio.drivers.dsa.errors import (
     BatchError,
     CommandError,
@@ -23,7 +23,9 @@ from pvfio.drivers.dsa.errors import (
     command_name,
     completion_name,
 )
+from pvfio.drivers.dsa.eventlog import Event
 from pvfio.drivers.dsa.operations import WorkQueue
+from pvfio.drivers.dsa.recovery import Recovery
 from pvfio.drivers.dsa.ring import Submission
 from pvfio.drivers.dsa.workqueue import Completion
 
@@ -35,6 +37,7 @@ __all__ = [
     "Completion",
     "DsaDriver",
     "DsaError",
+    "Event",
     "OperationAborted",
     "Recovery",
     "SoftwareError",

@@ -48,6 +48,15 @@ class Batch:
         first = self.iova + middle
         self._addresses = np.arange(first, first + capacity * step, step, dtype=np.uint64)
 
+    def deliver(self, address: int, record: bytes) -> bool:
+        """Writes a member's completion record the device could not; whether the address is one of this batch's."""
+        index, rest = divmod(address - int(self._addresses[0]), int(lib.DSA_COMPLETION_SIZE))
+        if rest or not 0 <= index < self.capacity:
+            return False
+        size = int(lib.DSA_COMPLETION_SIZE)
+        self.records.view(np.uint8)[index * size : (index + 1) * size] = np.frombuffer(record, dtype=np.uint8)
+        return True
+
     def prepare(self, count: int, *, records: bool) -> None:
         """Makes the first ``count`` descriptors ready to be read by the device."""
         members = self.descriptors[:count]

@@ -74,6 +74,12 @@ class Capabilities:
         return bool(self.wqcap & lib.IDXD_WQCAP_OP_CONFIG)
 
     @property
+    def event_log(self) -> bool:
+        """GENCAP says that there is one, with entries of 64 bytes."""
+        mask: int = lib.IDXD_GENCAP_EVL_SUPPORT_MASK
+        return (self.gencap & mask) >> int(lib.IDXD_GENCAP_EVL_SUPPORT_SHIFT) == 1
+
+    @property
     def num_groups(self) -> int:
         return self.grpcap & int(lib.IDXD_GRPCAP_NUM_GROUPS_MASK)
 

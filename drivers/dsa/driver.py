@@ -6,14 +6,13 @@ resets the device, then the function, and at last closes it, which takes its rig
 its group, it is then behind the blocking domain. Only when one of these has worked is memory that was named
 to it free.
 
-Not here: the event log, performance counters, power management.
+Not here: performance counters, power management.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +25,9 @@ from pvfio.drivers.dsa.capabilities import Capabilities, read_capabilities
 from pvfio.drivers.dsa.commands import CommandPort, wq_operand
 from pvfio.drivers.dsa.configuration import WqConfig, read_configuration, resolve, write_configuration
 from pvfio.drivers.dsa.errors import CommandError, SoftwareError
+from pvfio.drivers.dsa.eventlog import Event, EventLog
 from pvfio.drivers.dsa.operations import WorkQueue
+from pvfio.drivers.dsa.recovery import Recovery, Reports
 from pvfio.drivers.dsa.ring import RecordRing, Submission
 from pvfio.drivers.dsa.workqueue import SubmissionQueue
 from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
@@ -34,23 +35,9 @@ from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 if TYPE_CHECKING:
     from pvfio.vfio import Device, DmaBuffer, Irq
 
-__all__ = ["DsaDriver", "Recovery"]
+__all__ = ["DsaDriver"]
 
 _REFUSED = (CommandError, DeadlineExceeded, VfioError)
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """What ``DsaDriver.recover`` found and did.
-
-    ``software_error``: what SWERR held (acknowledged now), ``causes``: INTCAUSE, ``reenabled``: the WQs
-    that had been disabled, ``reset``: whether the device had to be reset.
-    """
-
-    software_error: SoftwareError | None
-    causes: int
-    reenabled: tuple[int, ...]
-    reset: bool
 
 
 class DsaDriver:
@@ -59,7 +46,8 @@ class DsaDriver:
     ``device`` is an open VFIO device; it stays the caller's. ``wqs`` are the work queues to make (default:
     one dedicated WQ of all entries). ``deadline`` is how long, in seconds, an operation may take unless it
     says otherwise, ``grace`` how long a cancelled one may still take before it is aborted,
-    ``command_deadline`` how long a command may take. Entering raises ``ValueError`` for a configuration the
+    ``command_deadline`` how long a command may take. ``event_log``: its entries, 64 to 65535, where the device has
+    one; 0: it is left off. Entering raises ``ValueError`` for a configuration the
     device has no room for, ``CommandError`` for one it refuses, ``DeviceFailed`` for a device that is no
     DSA. Cancelled while entering or leaving: the device is left reset.
     """
@@ -72,12 +60,14 @@ class DsaDriver:
         deadline: float = 5.0,
         grace: float = 1.0,
         command_deadline: float = 2.0,
+        event_log: int = int(lib.IDXD_EVL_SIZE_MIN),
     ) -> None:
+        if event_log and not lib.IDXD_EVL_SIZE_MIN <= event_log <= lib.IDXD_EVL_SIZE_MAX:
+            raise ValueError(f"an event log has {lib.IDXD_EVL_SIZE_MIN} to {lib.IDXD_EVL_SIZE_MAX} entries")
         self.device = device
         self.deadline = deadline
         self.grace = grace
         self.command_deadline = command_deadline
-        self.last_software_error: SoftwareError | None = None
         self.wqs: tuple[WorkQueue, ...] = ()
         self._wanted = tuple(wqs)
         self._configs: list[WqConfig] = []
@@ -89,6 +79,9 @@ class DsaDriver:
         self._capabilities: Capabilities | None = None
         self._buffers: list[DmaBuffer] = []
         self._idle_batches: list[Batch] = []
+        self._batches: list[Batch] = []
+        self._log_entries = event_log
+        self._reports = Reports(self._registers, device.name)
         self._taking_back = trio.Lock()
         self._failed: str | None = None  # why the device was given up
         self._quarantine: list[Any] = []  # what a device that could not be stopped may still touch
@@ -144,6 +137,10 @@ class DsaDriver:
             ring = await self._alloc_ring(config)
             queues.append(WorkQueue(self, number, config, self._portals, ring))
         self.wqs = tuple(queues)
+        if self._capabilities.event_log and self._log_entries:
+            buffer = await self.device.container.alloc(EventLog.nbytes(self._log_entries))
+            self._buffers.append(buffer)
+            self._reports.log = EventLog(buffer, self._log_entries)
         await self._enable()
 
     async def _alloc_ring(self, config: WqConfig) -> RecordRing:
@@ -163,6 +160,9 @@ class DsaDriver:
                 entry = capabilities.msix_perm_offset + vector * int(lib.IDXD_MSIX_PERM_STRIDE)
                 await self._registers.write(entry, 0, 8)
         errors = int(lib.IDXD_GENCTRL_SOFTERR_INT_EN | lib.IDXD_GENCTRL_HALT_INT_EN)
+        if self._reports.log is not None:
+            await self._reports.log.enable(self._registers)
+            errors |= int(lib.IDXD_GENCTRL_EVL_INT_EN)
         await self._registers.write(lib.IDXD_GENCTRL_OFFSET, errors, 4)
         await self._command(lib.IDXD_CMD_ENABLE_DEVICE)
         self._handles = await self._interrupt_handles()
@@ -250,10 +250,20 @@ class DsaDriver:
     async def _reset_all(self, reason: str) -> None:
         for wq in self.wqs:
             wq._pause()
-        if await self._first_that_works(self._revive, self._revive_function):
+        if await self._first_that_works(*await self._ways_back()):
             return
         self._failed = f"it cannot be reset; {await self._give_up(reason)}"
         raise DeviceFailed(self.device.name, self._failed)
+
+    async def _ways_back(self) -> list[Callable[[], Awaitable[Any]]]:
+        """The resets to try: where the device halted and says what it takes, none that is less."""
+        try:
+            state, reset = await self._reports.state()
+        except VfioError:
+            return [self._revive, self._revive_function]
+        if state != lib.IDXD_DEVICE_STATE_HALT or reset == lib.IDXD_DEVICE_RESET_SOFTWARE:
+            return [self._revive, self._revive_function]
+        return [self._revive_function] if reset == lib.IDXD_DEVICE_RESET_FLR else []
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -330,26 +340,44 @@ class DsaDriver:
         whatever means it takes.
         """
         async with self._taking_back:
-            await self._first_that_works(self._read_software_error)
+            await self._first_that_works(self._reports.software_error)
+            await self._first_that_works(self._read_events)
             if not submission.done and not await self._first_that_works(partial(self._abort_wq, wq)):
                 await self._reset_all("the driver, which gave the device up")
 
     # Recovery
 
-    async def _read_software_error(self) -> SoftwareError | None:
-        """Reads and acknowledges SWERR."""
-        words = [await self._registers.read(lib.IDXD_SWERR_OFFSET + 8 * i, 8) for i in range(4)]
-        if not words[0] & lib.IDXD_SWERR_VALID or words[0] == (1 << 64) - 1:
-            return None
-        await self._registers.write(lib.IDXD_SWERR_OFFSET, int(lib.IDXD_SWERR_ACK), 8)
-        self.last_software_error = SoftwareError(
-            (words[0], words[1], words[2], words[3]), device=self.device.name
-        )
-        return self.last_software_error
+    @property
+    def last_software_error(self) -> SoftwareError | None:
+        """What SWERR held when it was last found to hold something."""
+        return self._reports.last_software_error
+
+    async def events(self) -> tuple[Event, ...]:
+        """What is new in the event log, in order; completion records that the device could not write are now where
+        their descriptors wait for them.
+
+        Only ``recover`` and an operation that is being taken back look there by themselves: whoever expects events
+        waits for interrupt 0. Empty without an event log. Finishes when cancelled.
+        """
+        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):
+            async with self._taking_back:
+                events = await self._read_events()
+        return events
+
+    async def _read_events(self) -> tuple[Event, ...]:
+        events = await self._reports.events((*(wq._ring for wq in self.wqs), *self._batches))
+        for event in events:  # the device left it to the driver to say that the record is there
+            for vector, handle in self._handles.items():
+                if handle == event.interrupt_handle:
+                    await self._irq.trigger(vector)
+        for wq in self.wqs:
+            wq._reap_all()
+        return events
 
     async def recover(self) -> Recovery:
         """After a fault: reads what the device has to say, enables what it disabled, resets it where it
-        halted.
+        halted: the device, or the function where GENSTS says that it takes that.
 
         A page fault without block-on-fault disables nothing, and then this only collects SWERR and
         INTCAUSE. Raises ``DeviceFailed`` when the device cannot be brought back. Finishes when cancelled.
@@ -362,13 +390,14 @@ class DsaDriver:
         return found
 
     async def _recover(self) -> Recovery:
-        error = await self._read_software_error()
-        causes = await self._registers.read(lib.IDXD_INTCAUSE_OFFSET, 4)
-        await self._registers.write(lib.IDXD_INTCAUSE_OFFSET, causes, 4)
-        state = await self._registers.read(lib.IDXD_GENSTATS_OFFSET, 4) & int(lib.IDXD_GENSTATS_STATE_MASK)
+        error = await self._reports.software_error()
+        events = await self._read_events()
+        causes = await self._reports.causes()
+        state, _ = await self._reports.state()
         if state != lib.IDXD_DEVICE_STATE_ENABLED:
             await self._reset_all("a recovery")
-            return Recovery(error, causes, (), True)
+            halted = state == lib.IDXD_DEVICE_STATE_HALT
+            return Recovery(error, causes, reset=True, halted=halted, events=events)
         reenabled = []
         for wq in self.wqs:
             if not await self._wq_enabled(wq):
@@ -377,17 +406,18 @@ class DsaDriver:
                     await self._command(lib.IDXD_CMD_ENABLE_WQ, wq.id)
                 except _REFUSED:
                     await self._reset_all("a recovery")
-                    return Recovery(error, causes, (), True)
+                    return Recovery(error, causes, reset=True, events=events)
                 reenabled.append(wq.id)
             self._open(wq)
-        return Recovery(error, causes, tuple(reenabled), False)
+        return Recovery(error, causes, tuple(reenabled), events=events)
 
     # Batch memory
 
     async def _alloc_batch(self, capacity: int) -> Batch:
         buffer = await self.device.container.alloc(batch_bytes(capacity))
         self._buffers.append(buffer)
-        return Batch(buffer, capacity)
+        self._batches.append(Batch(buffer, capacity))
+        return self._batches[-1]
 
     async def _borrow_batch(self, count: int) -> Batch:
         for batch in self._idle_batches:

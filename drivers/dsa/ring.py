@@ -152,6 +152,17 @@ class RecordRing:
         end = piece.start + piece.count
         return bool(self.status[end - 1]) and bool(self.status[piece.start : end].all())
 
+    def deliver(self, address: int, record: bytes) -> bool:
+        """Writes a completion record the device could not, where a descriptor still waits for it; whether one did."""
+        index, rest = divmod(address - self.iova, int(lib.DSA_COMPLETION_SIZE))
+        waits = any(not p.done and p.start <= index < p.start + p.count for p in self.pieces)
+        if rest or not waits or self.status[index]:
+            return False
+        words = np.frombuffer(record, dtype=np.uint64)
+        self._words[index, 1:] = words[1:]
+        self._words[index, 0] = words[0]  # the status last: it is polled
+        return True
+
     def retire(self, piece: Piece) -> None:
         """Copies a piece's records to its submission and gives the oldest finished pieces' records back."""
         submission, end = piece.submission, piece.offset + piece.count
