@@ -44,14 +44,12 @@ class EngineChoice(StrEnum):
 
 def _size(text: str, option: str) -> int:
     """Bytes: a number, hexadecimal with 0x, or with K, M or G (powers of 1024)."""
-    number, factor = text.strip(), 1
-    if number[:2].lower() != "0x" and number[-1:].lower() in ("k", "m", "g"):
-        factor = 1024 ** ("kmg".index(number[-1].lower()) + 1)
-        number = number[:-1]
+    from pvfio.workloads.parameters import parse_size
+
     try:
-        return int(number, 0) * factor
-    except ValueError:
-        raise typer.BadParameter(f"{option}: {text!r} is not a size (try 4096, 0x1000, 64K, 1M)") from None
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
 
 
 def _address(text: str) -> int:
@@ -92,6 +90,15 @@ def pvfio(
 
 @app.command()
 def dmatest(
+    context: typer.Context,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Parameters as the kernel's module takes them (channel=dma0chan0 iterations=10 dmatest=1); "
+            "they win over options.",
+        ),
+    ] = None,
     input: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Copy FILE through the device and check it.")
     ] = None,
@@ -101,11 +108,29 @@ def dmatest(
     copy_crc: Annotated[
         bool, typer.Option("--copy-crc", help="With --input: COPY_CRC instead of MEMMOVE and CRCGEN.")
     ] = False,
+    operation: Annotated[
+        str | None, typer.Option(metavar="OP", help="Test this operation of the device; 'list' names them.")
+    ] = None,
+    bench: Annotated[
+        bool,
+        typer.Option("--bench", help="Measure against plain C loops; both engines, unless one is given."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document instead of lines.")] = False,
     platform: PlatformOption = Platform.intel,
     engine: EngineOption = EngineChoice.thread,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Devices; default: those of --channel, or 1.")
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Channels, that is work queues, a device; default: as many as are used."),
+    ] = None,
+    channel: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Use this one (dma0chan0); may be repeated.")
+    ] = None,
+    max_channels: Annotated[int, typer.Option(min=0, help="Use at most so many; 0: all.")] = 0,
     iterations: Annotated[int, typer.Option(min=0, help="Tests a thread; 0: until interrupted.")] = 1000,
     threads_per_chan: Annotated[int, typer.Option(min=1, help="Threads a channel.")] = 1,
-    max_channels: Annotated[int, typer.Option(min=1, help="Channels, that is work queues.")] = 1,
     test_buf_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Test buffer (16K), or chunk of a file (1M).")
     ] = None,
@@ -131,38 +156,49 @@ def dmatest(
     The last line of each thread has the format of Linux's dmatest.
     """
     from pvfio import cli_dmatest
-    from pvfio.workloads.dmatest import DmatestParams
+    from pvfio.workloads.parameters import parse_channel, parse_parameters
 
-    if test_buf_size is None:
-        test_buf_size = "1M" if input is not None else "16K"
+    if operation == "list":
+        raise typer.Exit(cli_dmatest.list_operations())
+    source = context.get_parameter_source("engine")
+    given_engine = source is not None and source.name == "COMMANDLINE"
     try:
-        params = DmatestParams(
-            test_buf_size=_size(test_buf_size, "--test-buf-size"),
-            threads_per_chan=threads_per_chan,
-            iterations=iterations,
-            memset=bool(dmatest),
-            timeout=timeout,
-            noverify=noverify,
-            norandom=norandom,
-            verbose=verbose,
-            alignment=alignment,
-            transfer_size=_size(transfer_size, "--transfer-size"),
+        options = cli_dmatest.make_options(
+            {
+                "channel": [parse_channel(name) for name in channel or []],
+                "max_channels": max_channels,
+                "iterations": iterations,
+                "threads_per_chan": threads_per_chan,
+                "test_buf_size": None if test_buf_size is None else _size(test_buf_size, "--test-buf-size"),
+                "dmatest": bool(dmatest),
+                "polled": polled,
+                "timeout": timeout,
+                "noverify": noverify,
+                "norandom": norandom,
+                "alignment": alignment,
+                "transfer_size": _size(transfer_size, "--transfer-size"),
+                "verbose": verbose,
+            }
+            | parse_parameters(parameters or []),
             seed=seed,
+            platform=platform.value,
+            engine=engine.value,
+            devices=devices,
+            channels=channels,
+            operation=operation,
+            ram=_size(ram, "--ram"),
+            input=input,
+            output=output,
+            copy_crc=copy_crc,
+            walk=walk,
+            json=json,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    options = cli_dmatest.DmatestOptions(
-        params=params,
-        platform=platform.value,
-        engine=engine.value,
-        channels=max_channels,
-        completion="hybrid" if polled is None else "polled" if polled else "interrupt",
-        ram=_size(ram, "--ram"),
-        input=input,
-        output=output,
-        copy_crc=copy_crc,
-        walk=walk,
-    )
+    if bench:
+        from pvfio import cli_bench
+
+        raise typer.Exit(cli_bench.run(options, (engine.value,) if given_engine else ("inline", "thread")))
     raise typer.Exit(cli_dmatest.run(options))
 
 

@@ -79,15 +79,20 @@ def _explain(error: BaseException) -> int:
     raise cause
 
 
-def machine_config(platform: Platform, engine: EngineChoice, ram: int) -> MachineConfig:
-    """The default machine with one DSA. ``UsageError`` for memory it cannot have."""
+def machine_config(platform: Platform, engine: EngineChoice, ram: int, devices: int = 1) -> MachineConfig:
+    """The default machine with so many DSAs, "dsa0" and on. ``UsageError`` for memory it cannot have."""
     from pvfio.host.config import IommuConfig
-    from pvfio.machine import MachineConfig
+    from pvfio.machine import DeviceSpec, MachineConfig
 
     if ram < 16 * _BLOCK or ram % _BLOCK:
         raise UsageError(f"guest memory is a multiple of 2 MiB, at least 32 MiB, not {ram} bytes")
     try:
-        return MachineConfig(iommu=IommuConfig(platform=platform), engine=engine, ram=ram)
+        return MachineConfig(
+            iommu=IommuConfig(platform=platform),
+            engine=engine,
+            ram=ram,
+            devices=(DeviceSpec(kind="dsa"),) * devices,
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -117,12 +122,12 @@ def check_output(path: Path, source: Path) -> None:
 
 @contextmanager
 def terminal_progress(
-    total: int | None, unit: str
+    total: int | None, unit: str, *, quiet: bool = False
 ) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
     """A way to print a line and a way to say how much more is done; with a progress bar where output is a
-    terminal.
+    terminal and not ``quiet``.
     """
-    if not sys.stdout.isatty():
+    if quiet or not sys.stdout.isatty():
         yield (lambda line: print(line, flush=True)), (lambda _: None)
         return
     from rich.console import Console

@@ -62,7 +62,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["dmatest", "--iterations", "many"], "iterations"),
     (["dmatest", "--iterations", "-1"], "iterations"),
     (["dmatest", "--threads-per-chan", "0"], "threads-per-chan"),
-    (["dmatest", "--max-channels", "0"], "max-channels"),
+    (["dmatest", "--max-channels", "-1"], "max-channels"),
     (["dmatest", "--max-channels", "9"], "8 work queues"),
     (["dmatest", "--test-buf-size", "0"], "test_buf_size"),
     (["dmatest", "--test-buf-size", "12Q"], "12Q"),

@@ -4,7 +4,7 @@ A channel is a work queue, a thread is a task. Each test fills a source and a de
 moves a random length between random offsets (or fills, for ``memset``), and verifies every byte of both,
 and of guard areas around the destination, with numpy. Output lines have the module's format.
 
-Not here: XOR and P+Q tests (a DSA has neither), several devices at once.
+Not here: XOR and P+Q tests (a DSA has neither).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ __all__ = [
     "Summary",
     "TestThread",
     "attempt",
+    "channel_name",
     "check_size",
     "dmatest",
     "memory_needed",
@@ -111,16 +112,31 @@ class Summary:
     seconds: float = 0.0
     status: int = 0
 
-    def line(self) -> str:
-        """As the module prints it."""
+    @property
+    def hundredths(self) -> int:
+        """Tests in a hundred seconds, cut as the module cuts them."""
         micros = int(self.seconds * 1e6)
         iops = (self.tests * 1_000_000 << 8) // micros if micros > 0 else 0
-        kbs = (self.nbytes >> 10) * 1_000_000 // micros if micros > 0 else 0
-        fraction = (iops & 0xFF) * 100 >> 8
+        return (iops >> 8) * 100 + ((iops & 0xFF) * 100 >> 8)
+
+    @property
+    def kbs(self) -> int:
+        """KiB a second."""
+        micros = int(self.seconds * 1e6)
+        return (self.nbytes >> 10) * 1_000_000 // micros if micros > 0 else 0
+
+    def line(self) -> str:
+        """As the module prints it."""
+        iops = self.hundredths
         return (
             f"dmatest: {self.name}: summary {self.tests} tests, {self.failures} failures "
-            f"{iops >> 8}.{fraction:02d} iops {kbs} KB/s ({self.status})"
+            f"{iops // 100}.{iops % 100:02d} iops {self.kbs} KB/s ({self.status})"
         )
+
+
+def channel_name(device: int, wq: int) -> str:
+    """A work queue's name as a channel."""
+    return f"dma{device}chan{wq}"
 
 
 def memory_needed(params: DmatestParams, channels: int) -> int:
@@ -243,12 +259,16 @@ class TestThread:
             summary.tests -= 1
             summary.nbytes -= where[2]
             raise
+        wanted = failure is None and not self.params.noverify
+        self.conclude(failure, where, self.verify(where) if wanted else Mismatches())
+
+    def conclude(self, failure: str | None, where: tuple[int, int, int], found: Mismatches) -> None:
+        """Counts a test that ended, and prints its result if it failed or all are wanted."""
+        summary = self.summary
         if failure is not None:
             summary.failures += 1
             self.result(failure, where, 0)
-            return
-        found = Mismatches() if self.params.noverify else self.verify(where)
-        if found.count:
+        elif found.count:
             summary.failures += 1
             for line in found.lines:
                 self.emit(f"dmatest: {summary.name}: {line}")
@@ -308,6 +328,9 @@ async def _run_thread(thread: TestThread) -> None:
         await thread.free()
 
 
+MakeThread = Callable[["WorkQueue", DmatestParams, Emit, Advance, np.random.Generator, Summary], TestThread]
+
+
 async def dmatest(
     wqs: Sequence[WorkQueue],
     params: DmatestParams,
@@ -315,22 +338,28 @@ async def dmatest(
     emit: Emit = print,
     advance: Advance = lambda _: None,
     started: Callable[[int], None] | None = None,
+    devices: Sequence[int] | None = None,
+    operation: str | None = None,
+    make: MakeThread | None = None,
 ) -> list[Summary]:
     """Runs the test on every work queue with ``threads_per_chan`` tasks each and returns their summaries.
 
-    ``emit`` gets each line of output, ``advance`` the number of tests done since its last call, ``started``
-    the IOVA of the first source buffer once it is mapped. Raises ``ValueError`` where a work queue does not
-    take transfers of ``test_buf_size``, ``MemoryError`` where the buffers do not fit. Cancelled: the DMA
-    ends, then the buffers are freed.
+    ``devices`` are the numbers of the work queues' devices (default: all are device 0's). ``operation``
+    names what ``make`` makes threads for (default: ``TestThread``, for a copy or a set). ``emit`` gets each
+    line of output, ``advance`` the number of tests done since its last call, ``started`` the IOVA of the
+    first source buffer once it is mapped. Raises ``ValueError`` where a work queue does not take transfers
+    of ``test_buf_size``, ``MemoryError`` where the buffers do not fit. Cancelled: the DMA ends, then the
+    buffers are freed.
     """
-    op = "set" if params.memset else "copy"
+    op = operation or ("set" if params.memset else "copy")
     threads = []
-    for wq in wqs:
+    for wq, device in zip(wqs, devices or [0] * len(wqs), strict=True):
         check_size(wq, params.test_buf_size)
         for number in range(params.threads_per_chan):
-            seed = None if params.seed is None else [params.seed, wq.id, number]
-            summary = Summary(f"dma0chan{wq.id}-{op}{number}")
-            threads.append(TestThread(wq, params, emit, advance, np.random.default_rng(seed), summary))
+            seed = None if params.seed is None else [params.seed, device, wq.id, number]
+            summary = Summary(f"{channel_name(device, wq.id)}-{op}{number}")
+            rng = np.random.default_rng(seed)
+            threads.append((make or TestThread)(wq, params, emit, advance, rng, summary))
     threads[0].started = started
     async with _one_error() as nursery:
         for thread in threads:

@@ -17,7 +17,15 @@ import numpy as np
 import trio
 
 from pvfio.workloads.crc32c import crc32c
-from pvfio.workloads.dmatest import GUARD, DmatestParams, Summary, TestThread, attempt, check_size
+from pvfio.workloads.dmatest import (
+    GUARD,
+    DmatestParams,
+    Summary,
+    TestThread,
+    attempt,
+    channel_name,
+    check_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +118,7 @@ async def copy_file(
     *,
     copy_crc: bool = False,
     output: Path | None = None,
+    device: int = 0,
     number: int = 0,
     emit: Emit = print,
     advance: Advance = lambda _: None,
@@ -118,14 +127,15 @@ async def copy_file(
     """Copies a file through the device in chunks of ``test_buf_size`` bytes.
 
     Each chunk is moved by MEMMOVE and the CRC of the copy taken by CRCGEN, or (``copy_crc``) both done by
-    COPY_CRC; the CRC goes on from chunk to chunk. ``output`` gets the copy. ``emit`` gets lines,
+    COPY_CRC; the CRC goes on from chunk to chunk. ``output`` gets the copy; ``device`` and
+    ``number`` are the device's and the thread's in the summary's name. ``emit`` gets lines,
     ``advance`` bytes, ``started`` the IOVA of the source buffer once it is mapped. Raises ``OSError`` for
     the files, ``ValueError`` for a chunk the work queue does not take, ``MemoryError`` where the buffers do
     not fit. Cancelled: the DMA ends, then the buffers are freed.
     """
     check_size(wq, params.test_buf_size)
-    copy = FileCopy(Summary(f"dma0chan{wq.id}-copy{number}"))
-    seed = None if params.seed is None else [params.seed, wq.id, number]
+    copy = FileCopy(Summary(f"{channel_name(device, wq.id)}-copy{number}"))
+    seed = None if params.seed is None else [params.seed, device, wq.id, number]
     thread = TestThread(wq, params, emit, advance, np.random.default_rng(seed), copy.summary)
     thread.started = started
     async with await trio.open_file(path, "rb") as source:
