@@ -1,0 +1,409 @@
+/*
+ * Engine threads that write through the IOMMU without a pause, beside threads that map, unmap, flush, attach and destroy.
+ *
+ * The checker knows nothing of translation: whenever an invalidation or an attach has returned, it marks the memory that
+ * is nobody's any more, and finds its mark untouched later. Under ThreadSanitizer the marks themselves race with any
+ * DMA that the handshake did not order before them. Argument: milliseconds.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "memory/memory.h"
+#include "pagetable/pagetable.h"
+#include "silicon/bus.h"
+#include "silicon/iommu.h"
+
+#define MIB (1ull << 20)
+#define RAM (96 * MIB)
+#define WINDOW 0x2000000000ull
+#define SLOT (2 * MIB)
+#define SLOTS 3
+#define BUFFERS (2 * SLOTS)
+#define SIDES 2
+#define ENGINES 2          /* of a side */
+#define PART (SLOT / ENGINES) /* of a slot: what one engine writes */
+#define PIECE 65536
+#define HOT (WINDOW + SLOTS * SLOT) /* a page that is mapped, flushed and mapped elsewhere all the time */
+#define HOT_TURNS 200
+#define MARK 0x5a
+#define DMA_BYTE 0xa5
+
+#define CHECK(condition) \
+    ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), exit(1)))
+
+struct buffer {
+    uint64_t gpa;
+    int64_t extent;
+    uint8_t *at; /* in the host's view, as DMA sees it */
+    bool busy;
+};
+
+struct engine {
+    struct pv_bus *bus;
+    _Atomic uint64_t target; /* the first slot it writes | how many there are */
+    unsigned number;
+    pthread_t thread;
+};
+
+/* Pages for tables, given to everybody at one address: so a page that is used again too early is a race as well. */
+struct pages {
+    struct pv_space space;
+    struct buffer buffer;
+    uint32_t free[SLOT / 4096], count;
+};
+
+/* One IO address space, its engines, and the thread that changes it. */
+struct side {
+    struct pv_domain *domain;
+    struct pt_table *table;
+    struct pages pages;
+    struct engine engine[ENGINES];
+    struct buffer buffer[BUFFERS], bare, hot; /* `bare` is reached through the identity domain */
+    struct buffer *slot[SLOTS];
+    bool small[SLOTS]; /* mapped in 4 KiB pages */
+    unsigned unmaps, pieces, moves, written, hot_written;
+    uint32_t id;
+    uint64_t random;
+    pthread_t thread;
+};
+
+static struct pv_memory *memory;
+static struct pt_table *stage2;
+static struct pv_iommu *iommu;
+static struct pv_domain *identity;
+static struct side sides[SIDES];
+static _Atomic int engines_stop;
+static uint64_t end_ns;
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t next_random(uint64_t *state)
+{
+    uint64_t x = *state;
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    return *state = x;
+}
+
+static struct buffer new_buffer(void)
+{
+    uint64_t vaddr;
+    struct pv_run run;
+    int64_t extent = pv_memory_alloc(memory, SLOT, SLOT, 0, &vaddr);
+    CHECK(extent >= 0);
+    CHECK(pv_memory_runs(memory, vaddr, SLOT, &run, 1) == 1);
+    struct buffer buffer = {.gpa = run.gpa, .extent = extent};
+    buffer.at = pv_space_at(pv_memory_host_space(memory), pv_memory_gpa_to_hpa(memory, run.gpa), SLOT);
+    CHECK(buffer.at);
+    memset(buffer.at, MARK, SLOT);
+    return buffer;
+}
+
+static struct pt_table *new_table(struct pt_config config)
+{
+    int error;
+    config.levels = 4;
+    struct pt_table *table = pt_create(&config, &error);
+    CHECK(table);
+    return table;
+}
+
+static struct pt_table *new_stage2(void)
+{
+    struct pt_table *table = new_table((struct pt_config){.format = PT_VTDSS,
+                                                          .space = pv_memory_host_space(memory),
+                                                          .owner = memory,
+                                                          .alloc_page = pv_memory_host_page,
+                                                          .free_page = pv_memory_host_page_free});
+    for (uint64_t gpa = 0; gpa < RAM; gpa += PV_BLOCK_SIZE)
+        CHECK(!pt_map_range(table, gpa, pv_memory_gpa_to_hpa(memory, gpa), PV_BLOCK_SIZE, PT_READ | PT_WRITE));
+    return table;
+}
+
+static uint64_t take_page(void *owner)
+{
+    struct pages *p = owner;
+    CHECK(p->count);
+    uint64_t offset = p->free[--p->count] * 4096ull;
+    memset(p->space.window[0].ptr + offset, 0, 4096);
+    return p->space.window[0].start + offset;
+}
+
+static void give_page(void *owner, uint64_t gpa)
+{
+    struct pages *p = owner;
+    p->free[p->count++] = (uint32_t)((gpa - p->space.window[0].start) / 4096);
+}
+
+static struct pt_table *new_stage1(struct pages *pages)
+{
+    return new_table((struct pt_config){
+        .format = PT_X86_64, .space = &pages->space, .owner = pages, .alloc_page = take_page, .free_page = give_page});
+}
+
+/* All of it is MARK. */
+static void check_mark(const uint8_t *at, uint64_t size)
+{
+    CHECK(at[0] == MARK && !memcmp(at, at + 1, size - 1));
+}
+
+/* The memory has just become nobody's. */
+static void retire(struct side *s, struct buffer *b)
+{
+    s->written += memchr(b->at, DMA_BYTE, SLOT) != NULL;
+    memset(b->at, MARK, SLOT);
+    b->busy = false;
+}
+
+static void *run_engine(void *arg)
+{
+    struct engine *e = arg;
+    uint64_t random = 77 + e->number, pattern;
+    memset(&pattern, DMA_BYTE, sizeof(pattern));
+    while (!atomic_load(&engines_stop)) {
+        struct pv_dma dma;
+        for (unsigned i = 0; i < 16; i++)
+            pv_bus_fill(e->bus, HOT + e->number * 64, &pattern, 64, &dma);
+        uint64_t target = atomic_load(&e->target), slots = target % SLOT;
+        uint64_t at = target - slots + next_random(&random) % slots * SLOT + e->number * PART;
+        uint64_t size = 1 + next_random(&random) % (PART / 4), offset = next_random(&random) % (PART / 4);
+        uint64_t other = PART / 2 + next_random(&random) % (PART / 4);
+        if (next_random(&random) % 2)
+            pv_bus_fill(e->bus, at + offset, &pattern, size, &dma);
+        else
+            pv_bus_move(e->bus, at + other, at + offset, size, &dma);
+    }
+    return NULL;
+}
+
+static struct buffer *free_buffer(struct side *s)
+{
+    struct buffer *b;
+    do
+        b = &s->buffer[next_random(&s->random) % BUFFERS];
+    while (b->busy);
+    check_mark(b->at, SLOT);
+    b->busy = true;
+    return b;
+}
+
+static void map_slot(struct side *s, unsigned slot)
+{
+    uint64_t iova = WINDOW + slot * SLOT;
+    struct buffer *b = s->slot[slot] = free_buffer(s);
+    s->small[slot] = next_random(&s->random) % 2;
+    uint64_t step = s->small[slot] ? 4096 : SLOT;
+    for (uint64_t at = 0; at < SLOT; at += step)
+        CHECK(!pt_map_range(s->table, iova + at, b->gpa + at, step, PT_READ | PT_WRITE));
+}
+
+static void unmap(struct side *s, uint64_t iova, uint64_t size, unsigned shift)
+{
+    uint64_t unmapped;
+    CHECK(!pt_unmap_range(s->table, iova, size, &unmapped) && unmapped == size);
+    pv_iommu_invalidate_pages(s->domain, iova >> 12, shift);
+    pt_release_detached(s->table);
+}
+
+static void unmap_slot(struct side *s, unsigned slot)
+{
+    uint64_t iova = WINDOW + slot * SLOT;
+    struct buffer *b = s->slot[slot];
+    if (s->small[slot]) { /* a piece first: the rest stays, and is written on */
+        uint64_t piece = next_random(&s->random) % (SLOT / PIECE) * PIECE;
+        unmap(s, iova + piece, PIECE, 4);
+        memset(b->at + piece, MARK, PIECE);
+        for (unsigned i = next_random(&s->random) % 2; i; i--)
+            sched_yield();
+        check_mark(b->at + piece, PIECE);
+        CHECK(!pt_map_range(s->table, iova + piece, b->gpa + piece, PIECE, PT_READ | PT_WRITE));
+        s->pieces++;
+    }
+    unmap(s, iova, SLOT, 9);
+    retire(s, b);
+    s->slot[slot] = NULL;
+    s->unmaps++;
+}
+
+/* A translation that was looked up just before the flush must not be remembered just after it. */
+static void turn_hot_page(struct side *s)
+{
+    for (unsigned i = 0; i < HOT_TURNS; i++) {
+        uint64_t page = i % 16 * 4096;
+        uint8_t *at = s->hot.at + page;
+        check_mark(at, ENGINES * 64);
+        CHECK(!pt_map_range(s->table, HOT, s->hot.gpa + page, 4096, PT_READ | PT_WRITE));
+        for (unsigned wait = next_random(&s->random) % 64; wait; wait--)
+            __builtin_ia32_pause();
+        unmap(s, HOT, 4096, 0);
+        s->hot_written += memchr(at, DMA_BYTE, ENGINES * 64) != NULL;
+        memset(at, MARK, ENGINES * 64);
+    }
+}
+
+static void attach_all(struct side *s, struct pv_domain *domain)
+{
+    for (unsigned i = 0; i < ENGINES; i++)
+        CHECK(!pv_requester_attach(s->engine[i].bus, domain));
+}
+
+/* Through the identity domain for a while, and back. */
+static void go_bare(struct side *s)
+{
+    check_mark(s->bare.at, SLOT);
+    for (unsigned i = 0; i < ENGINES; i++)
+        atomic_store(&s->engine[i].target, s->bare.gpa | 1);
+    attach_all(s, identity);
+    for (unsigned i = 0; i < SLOTS; i++)
+        if (s->slot[i]) { /* not reachable now, mapped or not */
+            retire(s, s->slot[i]);
+            s->slot[i]->busy = true;
+        }
+    sched_yield();
+    for (unsigned i = 0; i < SLOTS; i++)
+        if (s->slot[i])
+            check_mark(s->slot[i]->at, SLOT);
+    attach_all(s, s->domain);
+    for (unsigned i = 0; i < ENGINES; i++)
+        atomic_store(&s->engine[i].target, WINDOW | SLOTS);
+    retire(s, &s->bare);
+}
+
+/* A new domain, with the tag of the old one as likely as not, and other memory behind the same addresses. */
+static void change_domain(struct side *s)
+{
+    attach_all(s, NULL);
+    for (unsigned i = 0; i < SLOTS; i++)
+        if (s->slot[i]) {
+            retire(s, s->slot[i]);
+            s->slot[i] = NULL;
+        }
+    CHECK(!pv_domain_destroy(s->domain));
+    pt_destroy(s->table);
+    s->table = new_stage1(&s->pages);
+    s->domain = pv_domain_create(iommu, s->id++);
+    CHECK(s->domain && !pv_domain_configure(s->domain, PV_DOMAIN_PAGING, pt_top(s->table) & ~4095ull, 4));
+    attach_all(s, s->domain);
+    s->moves++;
+}
+
+static void *run_side(void *arg)
+{
+    struct side *s = arg;
+    while (now_ns() < end_ns) {
+        unsigned action = next_random(&s->random) % 16, slot = next_random(&s->random) % SLOTS;
+        if (action == 0)
+            change_domain(s);
+        else if (action == 1)
+            go_bare(s);
+        else if (action == 2)
+            pv_iommu_invalidate_domain(s->domain);
+        else if (action == 3)
+            turn_hot_page(s);
+        else if (s->slot[slot])
+            unmap_slot(s, slot);
+        else
+            map_slot(s, slot);
+        for (unsigned i = next_random(&s->random) % 4; i; i--)
+            sched_yield();
+    }
+    return NULL;
+}
+
+static void build(void)
+{
+    int error;
+    memory = pv_memory_create(RAM, 16 * MIB, 5, &error);
+    CHECK(memory);
+    stage2 = new_stage2();
+    iommu = pv_iommu_create(memory, PT_VTDSS, pt_top(stage2) & ~4095ull, 4);
+    CHECK(iommu);
+    identity = pv_domain_create(iommu, 99);
+    CHECK(identity && !pv_domain_configure(identity, PV_DOMAIN_IDENTITY, 0, 0));
+    for (unsigned i = 0; i < SIDES; i++) {
+        struct side *s = &sides[i];
+        s->random = 12345 + i;
+        s->id = 1000 * (i + 1);
+        struct buffer pages = s->pages.buffer = new_buffer();
+        s->pages.space.window[0] = (struct pv_window){pages.gpa, SLOT, pages.at};
+        for (uint32_t p = 0; p < SLOT / 4096; p++)
+            give_page(&s->pages, pages.gpa + p * 4096ull);
+        s->table = new_stage1(&s->pages);
+        s->domain = pv_domain_create(iommu, s->id++);
+        CHECK(s->domain && !pv_domain_configure(s->domain, PV_DOMAIN_PAGING, pt_top(s->table) & ~4095ull, 4));
+        for (unsigned b = 0; b < BUFFERS; b++)
+            s->buffer[b] = new_buffer();
+        s->bare = new_buffer();
+        s->hot = new_buffer();
+        for (unsigned e = 0; e < ENGINES; e++) {
+            s->engine[e] = (struct engine){.bus = pv_requester_create(iommu, 10 * i + e), .target = WINDOW | SLOTS, .number = e};
+            CHECK(s->engine[e].bus);
+        }
+        attach_all(s, s->domain);
+    }
+}
+
+/* The creators' references first: whoever holds another keeps what it needs. */
+static void take_down(void)
+{
+    for (unsigned i = 0; i < SIDES; i++)
+        pt_destroy(sides[i].table);
+    pt_destroy(stage2);
+    pv_memory_destroy(memory);
+    pv_iommu_destroy(iommu);
+    pv_domain_release(identity);
+    for (unsigned i = 0; i < SIDES; i++) {
+        struct side *s = &sides[i];
+        for (unsigned b = 0; b < BUFFERS; b++)
+            pv_memory_release(memory, s->buffer[b].extent);
+        pv_memory_release(memory, s->bare.extent);
+        pv_memory_release(memory, s->hot.extent);
+        pv_memory_release(memory, s->pages.buffer.extent);
+        pv_domain_release(s->domain);
+        for (unsigned e = 0; e < ENGINES; e++)
+            pv_bus_destroy(s->engine[e].bus);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    struct pv_fault fault[64];
+    uint64_t lost;
+    unsigned seen = 0;
+    build();
+    end_ns = now_ns() + (argc > 1 ? strtoull(argv[1], NULL, 10) : 1000) * 1000000;
+    for (unsigned i = 0; i < SIDES; i++)
+        for (unsigned e = 0; e < ENGINES; e++)
+            CHECK(!pthread_create(&sides[i].engine[e].thread, NULL, run_engine, &sides[i].engine[e]));
+    for (unsigned i = 0; i < SIDES; i++)
+        CHECK(!pthread_create(&sides[i].thread, NULL, run_side, &sides[i]));
+    for (unsigned i = 0; i < SIDES; i++)
+        pthread_join(sides[i].thread, NULL);
+    pv_iommu_faults(iommu, fault, 64, &lost);
+    atomic_store(&engines_stop, 1);
+    for (unsigned i = 0; i < SIDES; i++) {
+        struct side *s = &sides[i];
+        for (unsigned e = 0; e < ENGINES; e++)
+            pthread_join(s->engine[e].thread, NULL);
+        CHECK(pv_domain_destroy(s->domain) == -EBUSY);
+        printf("unmaps %u, pieces %u, domains %u, written %u, hot %u\n", s->unmaps, s->pieces, s->moves, s->written,
+               s->hot_written);
+        seen |= (s->unmaps ? 1u : 0u) | (s->written ? 2u : 0u) | (s->hot_written ? 4u : 0u);
+    }
+    take_down();
+    CHECK(seen == 7); /* else nothing was tested */
+    return 0;
+}
