@@ -151,12 +151,17 @@ static uint64_t follows_an_event(const struct pv_dsa *dsa, const struct dsa_slot
     return opcode == DSA_OPCODE_DRAIN && dsa->wq[slot->wq].logged ? DSA_COMP_DRAIN_EVL : 0;
 }
 
-/* The status byte becomes visible last: a driver polls it. */
+/* A whole record at once, its status byte last: a driver polls it. Memory given in odd pieces gets it piecemeal. */
 static int store_record(void *arg, uint8_t *ptr, uint64_t len)
 {
-    (void)len;
-    uint64_t word[4], *to = (uint64_t *)(void *)ptr;
-    memcpy(word, arg, sizeof(word));
+    const uint8_t **from = arg;
+    uint64_t word[DSA_COMPLETION_SIZE / 8], *to = (uint64_t *)(void *)ptr;
+    if (len < sizeof(word) || (uintptr_t)ptr % sizeof(word[0])) {
+        memcpy(ptr, *from, len);
+        *from += len;
+        return 0;
+    }
+    memcpy(word, *from, sizeof(word));
     for (int i = 3; i > 0; i--)
         __atomic_store_n(&to[i], word[i], __ATOMIC_RELAXED);
     __atomic_store_n(&to[0], word[0], __ATOMIC_RELEASE);
@@ -180,8 +185,9 @@ static int write_record(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_wo
     uint64_t code = follows_an_event(dsa, slot, work);
     if (code)
         return report(dsa, slot, work, code, true, work->desc.completion_addr);
+    const uint8_t *record = (const uint8_t *)&work->record;
     int result = pv_bus_walk(dsa->bus, work->desc.completion_addr, DSA_COMPLETION_SIZE, PV_DMA_WRITE, store_record,
-                             &work->record, &work->dma);
+                             &record, &work->dma);
     if (result == -ECANCELED || (result && flags & IDXD_OP_FLAG_BOF && dsa->wq[slot->wq].bof))
         return DSA_WAIT;
     if (result) {

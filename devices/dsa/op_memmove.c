@@ -20,14 +20,16 @@ static int run(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work)
 {
     (void)slot;
     const struct dsa_hw_desc *desc = &work->desc;
-    uint64_t left = desc->xfer_size - work->done;
+    uint64_t n = dsa_chunk(work);
     if (desc->dst_addr > desc->src_addr && desc->dst_addr - desc->src_addr < desc->xfer_size) {
-        int result = dsa_account(work, pv_bus_move(dsa->bus, desc->dst_addr, desc->src_addr, left, &work->dma));
+        uint64_t at = desc->xfer_size - work->done - n;
+        int result = dsa_account(
+            work, pv_bus_move_backward(dsa->bus, desc->dst_addr + at, desc->src_addr + at, n, &work->dma));
         work->record.result = result == -EFAULT;
         return result;
     }
-    return dsa_account(work, pv_bus_move(dsa->bus, desc->dst_addr + work->done, desc->src_addr + work->done,
-                                         dsa_chunk(work), &work->dma));
+    return dsa_account(
+        work, pv_bus_move(dsa->bus, desc->dst_addr + work->done, desc->src_addr + work->done, n, &work->dma));
 }
 
 const struct dsa_op dsa_op_memmove = {

@@ -198,10 +198,13 @@ static inline uint64_t tail_in_page(uint64_t address, uint64_t n)
     return min64(n, in_page);
 }
 
-static int move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma)
+int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma)
 {
     struct section s;
     struct pv_span to, from;
+    begin(dma);
+    if (!n)
+        return 0;
     int result = section_open(&s, bus);
     if (result)
         return result;
@@ -210,7 +213,10 @@ static int move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_
         uint64_t left = n - dma->done;
         uint64_t len = min64(min64(tail_in_page(src, left), tail_in_page(dst, left)), s.left);
         uint64_t at = left - len;
-        result = translate_pair(&s, dst + at, PV_DMA_WRITE, &to, src + at, &from, len, dma);
+        while (!(result = translate_pair(&s, dst + at, PV_DMA_WRITE, &to, src + at, &from, len, dma)) && to.len < len) {
+            at += to.len; /* a translation ends inside the page: what is behind it goes first */
+            len -= to.len;
+        }
         if (result) {
             dma->fault_iova += len - 1; /* the first byte it could not reach, coming from the end */
             break;
@@ -229,10 +235,8 @@ static int move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_
 
 int pv_bus_move(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma)
 {
-    if (dst > src && dst - src < n) {
-        begin(dma);
-        return move_backward(bus, dst, src, n, dma);
-    }
+    if (dst > src && dst - src < n)
+        return pv_bus_move_backward(bus, dst, src, n, dma);
     return pv_bus_copy_walk(bus, dst, src, n, NULL, NULL, dma);
 }
 

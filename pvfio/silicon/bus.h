@@ -97,6 +97,8 @@ int pv_bus_pair_walk(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, pv_
                      struct pv_dma *dma);
 /* One read, two writes; the three ranges do not overlap. */
 int pv_bus_dualcast(struct pv_bus *bus, uint64_t dst1, uint64_t dst2, uint64_t src, uint64_t n, struct pv_dma *dma);
+/* As pv_bus_move, from the end: for the last part of a move that overlaps. */
+int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma);
 /* As pv_bus_move, forward only, and fn sees each piece of the source after it was copied (copy and CRC in one pass). */
 int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
                      struct pv_dma *dma);

@@ -224,3 +224,22 @@ def test_dword_into_the_interrupt_window_is_a_message() -> None:
 def test_patterns_have_eight_bytes(pattern: bytes) -> None:
     with pytest.raises(ValueError, match="8 bytes"):
         TableBus().fill(BASE, pattern, 8)
+
+
+@pytest.mark.parametrize("pieces", [(PAGE // 2,) * 4, (100,) * 80 + (192,), (5000, 3192), (1,) * 7 + (8185,)])
+def test_moves_stay_inside_translations_that_end_inside_pages(pieces: tuple[int, ...]) -> None:
+    """A list of ranges may cut pages anywhere; what lies behind a piece in the process is not the next one."""
+    bus = TableBus()
+    iova, kept = BASE, []
+    for size in pieces:
+        memory = np.full(3 * size, 0xEE, np.uint8)
+        memory[size : 2 * size] = np.arange(iova, iova + size) % 251
+        bus.map(iova, memory[size : 2 * size])
+        kept.append(memory)
+        iova += size
+    before = np.frombuffer(bus.read(BASE, 8192), np.uint8)
+    bus.move(BASE + 50, BASE, 8192 - 50)
+    after = np.frombuffer(bus.read(BASE, 8192), np.uint8)
+    assert (after[50:] == before[:-50]).all()
+    assert all((memory[:size] == 0xEE).all() for memory, size in zip(kept, pieces, strict=True))
+    assert all((memory[2 * size :] == 0xEE).all() for memory, size in zip(kept, pieces, strict=True))

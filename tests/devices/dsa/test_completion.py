@@ -307,3 +307,17 @@ def test_swerr_without_interrupt(rig: Rig) -> None:
     rig.submit(descriptor(0x7F, 0))
     assert swerr(rig)["flags"] == KNOWN
     assert (rig.interrupts(), lib.pv_dsa_intcause(rig.dsa)) == (0, 0)
+
+
+@pytest.mark.parametrize("piece", [1, 8, 13, 24, 31])
+def test_record_in_memory_given_in_odd_pieces(rig: Rig, piece: int) -> None:
+    """A record is written where the bus says, not beyond the end of a range that ends inside it."""
+    first, second = np.full(3 * 32, 0xEE, np.uint8), np.full(3 * 32, 0xEE, np.uint8)
+    rig.bus.map(0x80_0000, first[32 : 32 + piece])
+    rig.bus.map(0x80_0000 + piece, second[32 : 64 - piece])
+    rig.submit(descriptor(NOOP, completion_addr=0x80_0000))
+    record = np.concatenate([first[32 : 32 + piece], second[32 : 64 - piece]])
+    assert record[0] == lib.DSA_COMP_SUCCESS
+    assert not record[1:].any()
+    assert (first[32 + piece :] == 0xEE).all()
+    assert (second[64 - piece :] == 0xEE).all()

@@ -223,3 +223,21 @@ def test_what_cannot_be_made(rig: Rig, fields: dict[str, int]) -> None:
     config = {"wqs": 1, "groups": 1, "engines": 1, "handles": 1} | fields
     raw = ffi.new("struct pv_dsa_config *", config)
     assert lib.pv_dsa_create(raw, rig.bus.ptr, rig.msix.ptr, lib.PV_ENGINE_INLINE) == ffi.NULL
+
+
+def test_a_long_overlapping_move_lets_others_run(rig: Rig) -> None:
+    """It is done in parts, from the end: a record that another descriptor writes meanwhile is among what it copies."""
+    rig.enable(1)
+    memory = np.zeros(4 << 20, np.uint8)
+    rig.bus.map(0x100_0000, memory)
+    size = (3 << 20) + 123
+    memory[64:size] = np.arange(64, size) % 251
+    before = memory.copy()
+    rig.engine.pause()
+    rig.submit(descriptor(lib.DSA_OPCODE_MEMMOVE, src_addr=0x100_0000, dst_addr=0x100_0040, xfer_size=size))
+    rig.submit(descriptor(NOOP, completion_addr=0x100_0000), wq=1)
+    rig.engine.unpause()
+    assert rig.record["status"] == lib.DSA_COMP_SUCCESS
+    assert memory[0] == lib.DSA_COMP_SUCCESS
+    assert memory[64] == lib.DSA_COMP_SUCCESS, "the record came after the whole of the move"
+    assert (memory[128 : size + 64] == before[64:size]).all()
