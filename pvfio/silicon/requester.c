@@ -2,6 +2,7 @@
  * Requesters: device contexts, translation through the IOTLB, interrupt messages (see iommu.h).
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -151,7 +152,7 @@ int pv_requester_set_msi(struct pv_bus *requester, uint32_t data, int eventfd)
     if (data >= MAX_MSI_DATA)
         return -EINVAL;
     /* An eventfd of our own: whoever gave this one may close it, and its number may come back as another file. */
-    int own = eventfd < 0 ? -1 : dup(eventfd);
+    int own = eventfd < 0 ? -1 : fcntl(eventfd, F_DUPFD_CLOEXEC, 0);
     if (eventfd >= 0 && own < 0)
         return -errno;
     pthread_mutex_lock(&r->msi_lock);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,6 +311,15 @@ def test_domain_tags_are_reused_and_end() -> None:
     again.destroy()
 
 
+def is_same_eventfd(fd: int, other: int) -> bool:
+    try:
+        texts = [Path(f"/proc/self/fdinfo/{number}").read_text() for number in (fd, other)]
+    except FileNotFoundError:
+        return False
+    ids = [[line for line in text.splitlines() if line.startswith("eventfd-id")] for text in texts]
+    return ids[0] == ids[1] != []
+
+
 def test_messages_ring_what_the_host_registered(rig: Any) -> None:
     requester = rig.requester(None, 0x42)
     fd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -319,6 +329,12 @@ def test_messages_ring_what_the_host_registered(rig: Any) -> None:
     for address, data in ((0xFEE0_0000, 34), (0xFEE0_0000, 1 << 31), (0xFED0_0000, 33)):
         assert not requester.msi(address, data)
     assert [fault.reason_name for fault in rig.iommu.faults()] == ["interrupt not accepted"] * 3
+    (own,) = [
+        int(name)
+        for name in os.listdir("/proc/self/fd")
+        if int(name) != fd and is_same_eventfd(fd, int(name))
+    ]
+    assert not os.get_inheritable(own), "a child process would hold the eventfd open"
     os.close(fd)  # the message still finds the eventfd it was given
     assert requester.msi(0xFEE0_0000, 33)
     requester.set_msi(33, -1)
