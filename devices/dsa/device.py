@@ -168,7 +168,7 @@ class DsaDevice(FaultHooks, PciFunction):
 
 
 class _DataPath:
-    """The C side. It lives as long as anything that points into it: the device, its engine's handle, its portals."""
+    """The C side. It lives as long as anybody holds ``ptr``; the engine's handle and the portals hold this."""
 
     def __init__(self, config: DsaConfig, bus: Any, msix: Any, kind: int) -> None:
         values = {
@@ -182,8 +182,11 @@ class _DataPath:
         self.ptr = lib.pv_dsa_create(ffi.new("struct pv_dsa_config *", values), bus, msix, kind)
         if self.ptr == ffi.NULL:
             raise MemoryError("no room for a DSA")
-        # Not a cffi destructor: in a reference cycle the bus could be gone before the thread that uses it.
-        weakref.finalize(self, _destroy, self.ptr, bus, msix)
+        # Where a reference cycle dies, and at exit, the engine stops first of all: memory it writes may go next. Its
+        # own memory goes with the last who holds the pointer: `finally` blocks of coroutines still look into it.
+        weakref.finalize(self, _stop, self.ptr)
+        same = ffi.cast("struct pv_dsa *", self.ptr)
+        weakref.finalize(self.ptr, lib.pv_dsa_destroy, same).atexit = False
 
     def portals(self) -> Any:
         """``struct pv_mmio *`` that keeps this alive."""
@@ -193,5 +196,5 @@ class _DataPath:
         pass
 
 
-def _destroy(dsa: Any, _bus: Any, _msix: Any) -> None:
-    lib.pv_dsa_destroy(dsa)
+def _stop(dsa: Any) -> None:
+    lib.pv_engine_pause(lib.pv_dsa_engine(dsa))

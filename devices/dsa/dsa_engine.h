@@ -43,7 +43,7 @@ struct pv_dsa_wq_config {
     uint64_t op_config[4];
 };
 
-/* NULL: out of memory. The bus and the MSI-X stay the caller's and outlive the device. */
+/* NULL: out of memory. The device holds references to the bus and the MSI-X. */
 struct pv_dsa *pv_dsa_create(const struct pv_dsa_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind);
 void pv_dsa_destroy(struct pv_dsa *dsa);
 struct pv_engine *pv_dsa_engine(struct pv_dsa *dsa);
