@@ -146,7 +146,7 @@ static int report(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *wo
 static uint64_t follows_an_event(const struct pv_dsa *dsa, const struct dsa_slot *slot, const struct dsa_work *work)
 {
     uint32_t opcode = dsa_opcode(&work->desc);
-    if (opcode == DSA_OPCODE_BATCH && slot->batch.logged && work->op)
+    if (opcode == DSA_OPCODE_BATCH && slot->batch.logged && work->seeded) /* this batch, not the one before */
         return DSA_COMP_BATCH_EVL_ERR;
     return opcode == DSA_OPCODE_DRAIN && dsa->wq[slot->wq].logged ? DSA_COMP_DRAIN_EVL : 0;
 }

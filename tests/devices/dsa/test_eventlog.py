@@ -214,3 +214,19 @@ async def test_an_entry_that_is_cancelled_comes_later() -> None:
         assert status(f)[:2] == (0, 0)
         f.device.config_write(lib.PCI_COMMAND, 2, lib.PCI_COMMAND_MEMORY | lib.PCI_COMMAND_MASTER)
         assert (status(f)[:2], f.errors()) == ((0, 1), 0)
+
+
+async def test_a_batch_refused_before_it_began_follows_nothing() -> None:
+    """Whatever the batch before it in the same engine had to log."""
+    async with logging() as f:
+        members = np.zeros(2, dtype_of("struct dsa_hw_desc"))
+        members["flags_opcode"] = lib.IDXD_OP_FLAG_CRAV | lib.IDXD_OP_FLAG_RCR
+        members["completion_addr"] = NOWHERE
+        f.memory[0x1000 : 0x1000 + members.nbytes] = members.view(np.uint8)
+        f.submit(lib.DSA_OPCODE_BATCH, record=0, desc_list_addr=IOVA + 0x1000, desc_count=2)
+        logged = status(f)[:2]
+        count = f.config.engines
+        for record in range(1, 1 + count):
+            f.submit(lib.DSA_OPCODE_BATCH, record=record, desc_list_addr=IOVA + 0x1000, desc_count=1)
+        assert f.statuses(1 + count) == [0] + [lib.DSA_COMP_DESC_CNT_ERANGE] * count
+        assert status(f)[:2] == logged
