@@ -25,6 +25,7 @@ from pvfio.drivers.dsa.errors import (
 )
 from pvfio.drivers.dsa.eventlog import Event
 from pvfio.drivers.dsa.operations import WorkQueue
+from pvfio.drivers.dsa.operations_delta import Delta
 from pvfio.drivers.dsa.recovery import Recovery
 from pvfio.drivers.dsa.ring import Submission
 from pvfio.drivers.dsa.workqueue import Completion
@@ -35,6 +36,7 @@ __all__ = [
     "Capabilities",
     "CommandError",
     "Completion",
+    "Delta",
     "DsaDriver",
     "DsaError",
     "Event",

@@ -13,7 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pvfio.abi import lib
-from pvfio.drivers.dsa.descriptors_build import Address, address_of, build, empty, join, words_of
+from pvfio.drivers.dsa.descriptors_build import (
+    Address,
+    address_of,
+    build,
+    empty,
+    join,
+    pattern_of,
+    words_of,
+)
+from pvfio.drivers.dsa.descriptors_delta import (
+    apply_delta,
+    cflush,
+    compval,
+    create_delta,
+    dualcast,
+    transl_fetch,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -21,29 +37,24 @@ if TYPE_CHECKING:
 __all__ = [
     "Address",
     "address_of",
+    "apply_delta",
+    "cflush",
     "compare",
+    "compval",
     "copy_crc",
     "crcgen",
+    "create_delta",
     "drain",
+    "dualcast",
     "empty",
     "fill",
     "join",
     "memmove",
     "noop",
     "pattern_of",
+    "transl_fetch",
     "words_of",
 ]
-
-
-def pattern_of(pattern: int | bytes) -> int:
-    """FILL's 8-byte pattern: an integer below 2**64 (little endian), or 1, 2, 4 or 8 bytes, repeated."""
-    if isinstance(pattern, int):
-        if not 0 <= pattern < 1 << 64:
-            raise ValueError(f"a pattern has 64 bits, {pattern:#x} has more or is negative")
-        return pattern
-    if len(pattern) not in (1, 2, 4, 8):
-        raise ValueError(f"a pattern has 1, 2, 4 or 8 bytes, not {len(pattern)}")
-    return int.from_bytes(pattern * (8 // len(pattern)), "little")
 
 
 def noop(count: int = 1, *, flags: ArrayLike = 0, out: NDArray[Any] | None = None) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from pvfio.abi import dtype_of, lib
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Address", "address_of", "build", "empty", "join", "words_of"]
+__all__ = ["Address", "address_of", "build", "empty", "join", "pattern_of", "words_of"]
 
 Address: TypeAlias = "int | np.ndarray[Any, Any]"
 """An IOVA, or a mapped DMA buffer or a contiguous part of one (its first byte)."""
@@ -56,6 +56,17 @@ def address_of(where: Address, size: int = 0) -> int:
     if size > where.nbytes:
         raise ValueError(f"the buffer has {where.nbytes} bytes, {size} are asked for")
     return int(iova)
+
+
+def pattern_of(pattern: int | bytes) -> int:
+    """FILL's 8-byte pattern: an integer below 2**64 (little endian), or 1, 2, 4 or 8 bytes, repeated."""
+    if isinstance(pattern, int):
+        if not 0 <= pattern < 1 << 64:
+            raise ValueError(f"a pattern has 64 bits, {pattern:#x} has more or is negative")
+        return pattern
+    if len(pattern) not in (1, 2, 4, 8):
+        raise ValueError(f"a pattern has 1, 2, 4 or 8 bytes, not {len(pattern)}")
+    return int.from_bytes(pattern * (8 // len(pattern)), "little")
 
 
 def _array(value: Any) -> Any:

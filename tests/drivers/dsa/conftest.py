@@ -19,11 +19,13 @@ from pvfio.silicon import Engine
 from pvfio.vfio import Container, Device
 
 
-def cases() -> settings:
-    """How many examples a property of an operation is tried with: 200, and 10,000 in the nightly profile."""
+def cases(parts: int = 1) -> settings:
+    """How many examples a property of an operation is tried with: 200, and 10,000 in the nightly profile, in all
+    ``parts`` together that a test is parametrized into.
+    """
     nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
     return settings(
-        max_examples=10_000 if nightly else 200,
+        max_examples=-(-(10_000 if nightly else 200) // parts),
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
