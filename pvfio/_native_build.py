@@ -31,6 +31,7 @@ ROOM_HEADERS = (
     "silicon/msix.h",
     "guest/mappings.h",
     "vfio/wait.h",
+    "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",
     "workloads/bench_loops.h",
 )

@@ -1,6 +1,6 @@
 /*
- * CRC-32C at memory speed: three interleaved streams of the CRC32 instruction, joined with a carry-less multiplication;
- * a byte table where the processor has neither.
+ * CRC-32C at memory speed: folded where the processor has 512-bit carry-less multiplication (crc32c_fold.c); else three
+ * interleaved streams of the CRC32 instruction, joined with a carry-less multiplication; a byte table where it has neither.
  */
 #include "crc32c.h"
 
@@ -11,6 +11,8 @@
 #include <nmmintrin.h>
 #include <wmmintrin.h>
 #endif
+
+#define FOLD_FROM 512 /* shorter data does not pay for joining the accumulators */
 
 static const uint32_t byte_table[256] = {
     0x00000000, 0xf26b8303, 0xe13b70f7, 0x1350f3f4, 0xc79a971f, 0x35f1141c, 0x26a1e7e8, 0xd4ca64eb,
@@ -92,7 +94,7 @@ HARDWARE static inline uint32_t three_streams(uint32_t crc, const uint8_t *data,
     return shifted((uint32_t)a, shift2) ^ shifted((uint32_t)b, shift) ^ (uint32_t)c;
 }
 
-HARDWARE static uint32_t crc32c_hardware(uint32_t crc, const uint8_t *data, uint64_t n)
+HARDWARE uint32_t dsa_crc32c_streams(uint32_t crc, const uint8_t *data, uint64_t n)
 {
     for (; n >= 3 * LONG_STREAM; data += 3 * LONG_STREAM, n -= 3 * LONG_STREAM)
         crc = three_streams(crc, data, LONG_STREAM, LONG_SHIFT, LONG_SHIFT_2);
@@ -104,15 +106,32 @@ HARDWARE static uint32_t crc32c_hardware(uint32_t crc, const uint8_t *data, uint
         crc = _mm_crc32_u8(crc, *data);
     return crc;
 }
+
+int dsa_crc32c_has_streams(void)
+{
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+}
+#else
+uint32_t dsa_crc32c_streams(uint32_t crc, const uint8_t *data, uint64_t n)
+{
+    return dsa_crc32c_portable(crc, data, n);
+}
+
+int dsa_crc32c_has_streams(void)
+{
+    return 0;
+}
 #endif
 
 uint32_t dsa_crc32c(uint32_t crc, const uint8_t *data, uint64_t n)
 {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"))
-        return crc32c_hardware(crc, data, n);
-#endif
-    return dsa_crc32c_portable(crc, data, n);
+    if (n >= FOLD_FROM && dsa_crc32c_can_fold()) {
+        uint64_t folded = n & ~(uint64_t)255;
+        crc = dsa_crc32c_fold(crc, data, folded);
+        data += folded;
+        n -= folded;
+    }
+    return dsa_crc32c_has_streams() ? dsa_crc32c_streams(crc, data, n) : dsa_crc32c_portable(crc, data, n);
 }
 
 static inline uint64_t mirror_bytes(uint64_t v)
