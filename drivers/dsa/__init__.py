@@ -13,10 +13,12 @@ from pvfio.drivers.dsa import descriptors
 from pvfio.drivers.dsa.batch import Batch
 from pvfio.drivers.dsa.capabilities import Capabilities
 from pvfio.drivers.dsa.configuration import WqConfig
+from pvfio.drivers.dsa.dif import DifFormat, DifTags
 from pvfio.drivers.dsa.driver import DsaDriver
 from pvfio.drivers.dsa.errors import (
     BatchError,
     CommandError,
+    DifError,
     DsaError,
     OperationAborted,
     SoftwareError,
@@ -37,6 +39,9 @@ __all__ = [
     "CommandError",
     "Completion",
     "Delta",
+    "DifError",
+    "DifFormat",
+    "DifTags",
     "DsaDriver",
     "DsaError",
     "Event",

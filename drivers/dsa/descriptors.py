@@ -30,6 +30,7 @@ from pvfio.drivers.dsa.descriptors_delta import (
     dualcast,
     transl_fetch,
 )
+from pvfio.drivers.dsa.descriptors_dif import dif_check, dif_insert, dif_strip, dif_update, dix_generate
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -44,6 +45,11 @@ __all__ = [
     "copy_crc",
     "crcgen",
     "create_delta",
+    "dif_check",
+    "dif_insert",
+    "dif_strip",
+    "dif_update",
+    "dix_generate",
     "drain",
     "dualcast",
     "empty",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchError",
     "CommandError",
+    "DifError",
     "DsaError",
     "OperationAborted",
     "SoftwareError",
@@ -85,6 +86,31 @@ class DsaError(PvfioError):
         if self.invalid_flags:
             text += f" flags {self.invalid_flags:#x}"
         return f"{text}, {self.bytes_completed:#x} bytes completed"
+
+
+class DifError(DsaError):
+    """A block's Data Integrity Field is not as it should be; the block begins at ``bytes_completed``.
+
+    ``guard``, ``app_tag``, ``ref_tag``: which part is wrong, any number of them; ``all_ones``: it is all ones, where
+    that is an error.
+    """
+
+    def __init__(self, operation: str, record: NDArray[Any], *, device: str | None = None) -> None:
+        status = int(record["dif_status"])
+        self.guard = bool(status & lib.DSA_DIF_STATUS_GUARD)
+        self.app_tag = bool(status & lib.DSA_DIF_STATUS_APP_TAG)
+        self.ref_tag = bool(status & lib.DSA_DIF_STATUS_REF_TAG)
+        self.all_ones = bool(status & lib.DSA_DIF_STATUS_ALL_F)
+        super().__init__(operation, record, device=device)
+
+    def _message(self) -> str:
+        parts = {
+            "guard": self.guard,
+            "application tag": self.app_tag,
+            "reference tag": self.ref_tag,
+            "all ones": self.all_ones,
+        }
+        return f"{super()._message()}: {', '.join(name for name, wrong in parts.items() if wrong)}"
 
 
 class BatchError(DsaError):

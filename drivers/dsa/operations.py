@@ -23,6 +23,7 @@ from pvfio.drivers.dsa.batch import Batch
 from pvfio.drivers.dsa.descriptors import Address, address_of, pattern_of, words_of
 from pvfio.drivers.dsa.errors import BatchError
 from pvfio.drivers.dsa.operations_delta import DeltaOperations
+from pvfio.drivers.dsa.operations_dif import DifOperations
 from pvfio.drivers.dsa.ring import Submission
 from pvfio.drivers.dsa.single import Operation
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["WorkQueue"]
 
 
-class WorkQueue(DeltaOperations):
+class WorkQueue(DeltaOperations, DifOperations):
     """A work queue with the operations of the device as coroutines. Made by the driver."""
 
     async def noop(self, *, flags: int = 0, deadline: float | None = None) -> None:

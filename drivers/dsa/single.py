@@ -12,7 +12,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.dsa.descriptors_build import join
-from pvfio.drivers.dsa.errors import DsaError
+from pvfio.drivers.dsa.errors import DifError, DsaError
 from pvfio.drivers.dsa.ring import Submission
 from pvfio.drivers.dsa.workqueue import SubmissionQueue
 from pvfio.errors import DeviceFailed
@@ -84,7 +84,9 @@ class SingleQueue(SubmissionQueue):
         return record
 
     def check(self, record: NDArray[Any], operation: str = "submission") -> NDArray[Any]:
-        """The record, if it reports success; raises its ``DsaError`` otherwise."""
+        """The record, if it reports success; raises its ``DsaError`` otherwise (``DifError`` for a bad block)."""
+        if record["status"] == lib.DSA_COMP_DIF_ERR:
+            raise DifError(operation, record, device=self.device)
         if record["status"] != lib.DSA_COMP_SUCCESS:
             raise DsaError(operation, record, device=self.device)
         return record
