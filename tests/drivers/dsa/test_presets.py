@@ -1,0 +1,71 @@
+"""Presets of the real parts, and devices with a fixed configuration, under the driver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pvfio.abi import lib
+from pvfio.devices.dsa import DsaConfig
+from pvfio.drivers.dsa import WqConfig
+
+pytestmark = pytest.mark.touches_c
+
+IMS_AND_BIT_38 = 0x3F << 25 | 1 << 38
+
+
+def test_values() -> None:
+    """gencap and opcap as ``accel-config list`` prints them on Sapphire Rapids, less what is not modelled."""
+    one, two = DsaConfig.preset("dsa1.0"), DsaConfig.preset("dsa2.0")
+    assert one.gencap == 0x40915F0107 & ~IMS_AND_BIT_38
+    assert (one.version, two.version) == (0x100, 0x200)
+    for config in (one, two):
+        sizes = (config.wqs, config.groups, config.engines, config.total_wq_size, config.read_buffers)
+        assert sizes == (8, 4, 4, 128, 96)
+    assert one.opcap[0] == 0x1003F03FF
+    assert two.opcap[0] & ~one.opcap[0] == 1 << lib.DSA_OPCODE_TRANSL_FETCH | 1 << lib.DSA_OPCODE_DIX_GEN
+    assert two.gencap & lib.IDXD_GENCAP_EVL_SUPPORT_MASK
+    assert two.wqcap & lib.IDXD_WQCAP_OP_CONFIG
+    assert (one.cmdcap, two.cmdcap) == (0, 0x7FFE)
+
+
+def test_changes() -> None:
+    config = DsaConfig.preset("dsa2.0", engines=2, event_log=False)
+    assert (config.engines, config.event_log, config.op_config) == (2, False, True)
+    with pytest.raises(ValueError, match=r"dsa1\.0, dsa2\.0"):
+        DsaConfig.preset("dsa9")
+    with pytest.raises(ValueError, match="engines"):
+        DsaConfig.preset("dsa1.0", engines=65)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DsaConfig.preset("dsa1.0"),
+        DsaConfig.preset("dsa2.0"),
+        DsaConfig.preset("dsa1.0", config_en=False),
+        DsaConfig.preset("dsa2.0", config_en=False),
+    ],
+    ids=["dsa1.0", "dsa2.0", "dsa1.0 fixed", "dsa2.0 fixed"],
+)
+async def test_the_driver_runs_on_them(running: Any, kind: Any, config: DsaConfig) -> None:
+    async with running(*kind, config) as r:
+        a, b = await r.container.alloc(1 << 16), await r.container.alloc(1 << 16)
+        a[:] = np.random.default_rng(5).integers(0, 256, a.size)
+        await r.wq.memmove(b, a, a.size)
+        assert np.array_equal(a, b)
+        assert r.wq.size == 128
+        assert r.dsa.capabilities.event_log == config.event_log
+        await r.dsa.reset()
+        await r.wq.fill(b, 0, b.size)
+        assert not b.any()
+
+
+async def test_a_fixed_configuration_is_what_it_is(running: Any) -> None:
+    """What the driver asked for is not written: one dedicated WQ of the whole size."""
+    config = DsaConfig(config_en=False, total_wq_size=48, block_on_fault=False)
+    async with running(config=config, wqs=(WqConfig(size=4, shared=True), WqConfig())) as r:
+        assert [(wq.size, wq.shared) for wq in r.dsa.wqs] == [(48, False)]
+        await r.wq.noop()
