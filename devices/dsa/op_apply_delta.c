@@ -11,8 +11,7 @@
 
 #define WORD DSA_DELTA_WORD
 #define PAGE 4096u
-#define FETCHED 512     /* deltas read at once */
-#define REACH 65536u    /* bytes of the destination written in one walk, at most */
+#define FETCHED 512 /* deltas read at once */
 
 struct record {
     uint32_t count;
@@ -58,18 +57,19 @@ static int apply(void *arg, uint8_t *ptr, uint64_t len)
     return 0;
 }
 
-/* How many deltas from `first` on one walk applies: each page on its way holds a word of one. */
-static uint32_t reach(const struct dsa_hw_desc *desc, const struct record *record, uint32_t first)
+static uint64_t address_at(const struct dsa_hw_desc *desc, const struct record *record, uint32_t index)
 {
-    uint64_t begin = desc->dst_addr + (uint64_t)offset_at(record, first) * WORD, page = begin / PAGE;
-    uint32_t next = first + 1;
-    for (; next < record->count; next++) {
-        uint64_t at = desc->dst_addr + (uint64_t)offset_at(record, next) * WORD;
-        if (at / PAGE > page + 1 || at - begin >= REACH)
-            break;
-        page = at / PAGE;
-    }
-    return next - first;
+    return desc->dst_addr + (uint64_t)offset_at(record, index) * WORD;
+}
+
+/* The last delta from `first` on whose word lies in the same page. */
+static uint32_t last_in_page(const struct dsa_hw_desc *desc, const struct record *record, uint32_t first)
+{
+    uint64_t page = address_at(desc, record, first) / PAGE;
+    uint32_t last = first;
+    while (last + 1 < record->count && address_at(desc, record, last + 1) / PAGE == page)
+        last++;
+    return last;
 }
 
 /* Reads the next deltas; keeps those before the first that is wrong, and says how it is wrong. */
@@ -101,20 +101,19 @@ static int apply_all(struct pv_dsa *dsa, const struct record *record, struct dsa
     struct pv_dma dma;
     int result = 0;
     while (!result && a.next < record->count) {
-        uint32_t first = a.next, last = first + reach(desc, record, first) - 1;
-        a.start = (uint64_t)offset_at(record, first) * WORD;
-        uint64_t bytes = (uint64_t)offset_at(record, last) * WORD + WORD - a.start;
-        result = pv_bus_walk(dsa->bus, desc->dst_addr + a.start, bytes, PV_DMA_WRITE, apply, &a, &dma);
+        uint32_t first = a.next, last = last_in_page(desc, record, first);
+        uint64_t begin = address_at(desc, record, first), bytes = address_at(desc, record, last) + WORD - begin;
+        a.start = begin - desc->dst_addr;
+        result = pv_bus_walk(dsa->bus, begin, bytes, PV_DMA_WRITE, apply, &a, &dma);
         work->done += (uint64_t)(a.next - first) * DSA_DELTA_SIZE;
         if (a.next > first)
             work->offset = offset_at(record, a.next - 1) + 1;
+        /* A translation may end inside a page: what lies between the words need not be there. */
+        if (result == -EFAULT && a.next > first && dma.fault_iova < address_at(desc, record, a.next))
+            result = 0;
     }
-    if (result) {
-        uint64_t missing = desc->dst_addr + (uint64_t)offset_at(record, a.next) * WORD;
-        if (dma.fault_iova < missing)
-            dma.fault_iova = missing;
+    if (result)
         work->dma = dma;
-    }
     return result;
 }
 
