@@ -18,6 +18,13 @@ COMPVAL, CR_DELTA, AP_DELTA, DUALCAST, TRANSL_FETCH, CFLUSH = (
     lib.DSA_OPCODE_TRANSL_FETCH,
     lib.DSA_OPCODE_CFLUSH,
 )
+DIF_CHECK, DIF_INS, DIF_STRP, DIF_UPDT, DIX_GEN = (
+    lib.DSA_OPCODE_DIF_CHECK,
+    lib.DSA_OPCODE_DIF_INS,
+    lib.DSA_OPCODE_DIF_STRP,
+    lib.DSA_OPCODE_DIF_UPDT,
+    lib.DSA_OPCODE_DIX_GEN,
+)
 NOOP, BATCH, DRAIN, MEMMOVE, MEMFILL, COMPARE, CRCGEN, COPY_CRC = (
     lib.DSA_OPCODE_NOOP,
     lib.DSA_OPCODE_BATCH,
@@ -44,6 +51,12 @@ VALID: dict[int, dict[str, int]] = {
     DUALCAST: MOVE | {"dest2": MEMORY + 0x8000},
     TRANSL_FETCH: {"src_addr": MEMORY, "xfer_size": 64},
     CFLUSH: {"dst_addr": MEMORY, "xfer_size": 64},
+    # Zeros are a protected block of zeros.
+    DIF_CHECK: {"src_addr": MEMORY, "xfer_size": 520},
+    DIF_INS: MOVE | {"xfer_size": 512},
+    DIF_STRP: MOVE | {"xfer_size": 520},
+    DIF_UPDT: MOVE | {"xfer_size": 520},
+    DIX_GEN: MOVE | {"xfer_size": 512},
 }
 # What an operation reads beyond PASID, flags, completion address and interrupt handle: (first byte, bytes), 8.3.
 ADDRESS1, ADDRESS2, SIZE = (16, 8), (24, 8), (32, 4)
@@ -62,12 +75,25 @@ FIELDS: dict[int, tuple[tuple[int, int], ...]] = {
     DUALCAST: (ADDRESS1, ADDRESS2, SIZE, (40, 8)),
     TRANSL_FETCH: (ADDRESS1, SIZE, (48, 4)),
     CFLUSH: (ADDRESS2, SIZE),
+    DIF_CHECK: (ADDRESS1, SIZE, (40, 1), (48, 8)),
+    DIF_INS: (ADDRESS1, ADDRESS2, SIZE, (56, 8)),
+    DIF_STRP: (ADDRESS1, ADDRESS2, SIZE, (40, 1), (48, 8)),
+    DIF_UPDT: (ADDRESS1, ADDRESS2, SIZE, (40, 1), (48, 16)),
+    DIX_GEN: (ADDRESS1, ADDRESS2, SIZE, (56, 8)),
 }
-# Single bits that it reads: expected results.
+DIF_FLAGS = {42 * 8 + bit for bit in range(4)}
+TAG_TYPES = {41 * 8 + 4, 41 * 8 + 7}
+PASS_THROUGH = {41 * 8 + 3, 41 * 8 + 5, 41 * 8 + 6}
+# Single bits that it reads: expected results, flags of DIF operations.
 BITS: dict[int, set[int]] = {
     COMPARE: {40 * 8},
     COMPVAL: {40 * 8},
     CR_DELTA: {56 * 8, 56 * 8 + 1, 56 * 8 + 2},
+    DIF_CHECK: DIF_FLAGS,
+    DIF_INS: DIF_FLAGS | TAG_TYPES,
+    DIF_STRP: DIF_FLAGS,
+    DIF_UPDT: DIF_FLAGS | TAG_TYPES | PASS_THROUGH,
+    DIX_GEN: DIF_FLAGS | TAG_TYPES,
 }
 PASID_RESERVED = range(20, 31)
 INTERRUPT_HANDLE = range(36 * 8, 38 * 8)
@@ -97,6 +123,11 @@ FLAGS: dict[int, int] = {
     DUALCAST: BOF | TC1 | TC2 | TC3 | WRITES,
     TRANSL_FETCH: BOF | TC1 | lib.IDXD_OP_FLAG_CC | lib.DSA_TRANSL_FETCH_FLAG_STRIDE,
     CFLUSH: BOF | TC2 | WRITES & ~lib.IDXD_OP_FLAG_CC,
+    DIF_CHECK: BOF | TC1,
+    DIF_INS: BOF | TC1 | TC2 | WRITES,
+    DIF_STRP: BOF | TC1 | TC2 | WRITES,
+    DIF_UPDT: BOF | TC1 | TC2 | WRITES,
+    DIX_GEN: BOF | TC1 | TC2 | WRITES,
 }
 
 
