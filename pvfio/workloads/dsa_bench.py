@@ -118,11 +118,9 @@ def _build(operation: str, buffers: _Buffers, at: NDArray[np.uint64], size: int)
         return descriptors.compare(a, b, size)
     if operation == "copy+crc":
         return descriptors.copy_crc(b, a, size)
-    out = descriptors.memmove(b, a, size)
     if operation == "dualcast":
-        out["flags_opcode"] = lib.DSA_OPCODE_DUALCAST << lib.DSA_DESC_OPCODE_SHIFT
-        out["dest2"] = c
-    return out
+        return descriptors.dualcast(b, c, a, size)
+    return descriptors.memmove(b, a, size)
 
 
 _LOOPS = {

@@ -8,7 +8,6 @@ are in ``operations_dif``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,31 +17,19 @@ from pvfio.abi import lib
 from pvfio.drivers.dsa import descriptors
 from pvfio.workloads.crc32c import crc32c
 from pvfio.workloads.dmatest import GUARD
-from pvfio.workloads.trial import AREAS, OperationThread, Trial
+from pvfio.workloads.operations_dif import DIF_OPERATIONS
+from pvfio.workloads.trial import AREAS, Operation, OperationThread, Trial
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pvfio.workloads.dmatest import DmatestParams
-    from pvfio.workloads.trial import Test
 
 __all__ = ["OPERATIONS", "Operation", "area_bytes", "delta_record", "operation_thread"]
 
 SRC, DST, SRC2, DST2 = range(4)
 _DELTA_ENTRY = np.dtype([("offset", "<u2"), ("data", "<u8")])
 _MOST_DELTA = 1 << 19  # bytes that 16-bit offsets of 8-byte words reach
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """A test, the opcode the device must have, the smallest test buffer, and how many bytes its areas have for
-    each 1,024 of the test buffer.
-    """
-
-    test: Test
-    opcode: int
-    smallest: int = 1
-    room: int = 1024
 
 
 async def _memmove(t: Trial) -> None:
@@ -126,11 +113,12 @@ async def _create_delta(t: Trial) -> None:
     )
     delta = await t.device(work)
     t.expect("delta fits", delta.fits, record.size <= most)
-    if delta.fits:
-        t.expect("delta size", delta.size, record.size)
-        t.data(DST2, 0, record.size)[:] = record
-    else:  # what of the record was written is not specified, but nothing may be outside of it
-        t.data(DST2, 0, most)[:] = t.real(DST2, 0, most)
+    if record.size > most:  # a record of what comes before the entry that does not fit
+        t.expect(
+            "bytes compared", delta.bytes_compared, int(record.view(_DELTA_ENTRY)["offset"][most // 10]) * 8
+        )
+    t.expect("delta size", delta.size, min(record.size, most))
+    t.data(DST2, 0, most)[: record.size] = record[:most]
 
 
 async def _apply_delta(t: Trial) -> None:
@@ -263,6 +251,7 @@ OPERATIONS: dict[str, Operation] = {
     "transl-fetch": Operation(partial(_nothing_changes, "transl_fetch"), lib.DSA_OPCODE_TRANSL_FETCH),
     "crcgen": Operation(_crcgen, lib.DSA_OPCODE_CRCGEN),
     "copy-crc": Operation(_copy_crc, lib.DSA_OPCODE_COPY_CRC),
+    **DIF_OPERATIONS,
     "cflush": Operation(partial(_nothing_changes, "cflush"), lib.DSA_OPCODE_CFLUSH),
 }
 """By the name that ``dmatest --operation`` has for it."""

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import trio
@@ -24,10 +24,11 @@ from pvfio.workloads.pattern import MAX_REPORTED, Mismatches
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pvfio.drivers.dsa import WorkQueue
     from pvfio.vfio import DmaBuffer
     from pvfio.workloads.dmatest import DmatestParams
 
-__all__ = ["AREAS", "Area", "OperationThread", "Trial"]
+__all__ = ["AREAS", "Area", "Operation", "OperationThread", "Trial"]
 
 AREAS = 4
 
@@ -49,7 +50,7 @@ class Trial:
     """What the test of an operation works with: ``wq``, ``rng``, sizes and places, and what it expects."""
 
     def __init__(self, thread: OperationThread) -> None:
-        self.wq: Any = thread.wq
+        self.wq: WorkQueue = thread.wq
         self.rng = thread.rng
         self.params: DmatestParams = thread.params
         self.areas = thread.areas
@@ -65,8 +66,11 @@ class Trial:
     def length(self, multiple: int = 1, most: int | None = None) -> int:
         """A length in bytes as the parameters want it, a multiple of ``multiple``, not above ``most``."""
         params = self.params
+        limit = min(params.test_buf_size, most or params.test_buf_size)
         unit = math.lcm(multiple, 1 << max(params.alignment, 0))
-        top = min(params.test_buf_size, most or params.test_buf_size) // unit
+        if unit > limit:  # nothing is both aligned and whole blocks
+            unit = multiple
+        top = limit // unit
         if params.transfer_size:
             units = min(params.transfer_size // unit, top)
         else:
@@ -140,6 +144,18 @@ def _compare(area: Area) -> Mismatches:
 
 
 Test = Callable[[Trial], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A test, the opcode the device must have, the smallest test buffer, and how many bytes its areas have for
+    each 1,024 of the test buffer.
+    """
+
+    test: Test
+    opcode: int
+    smallest: int = 1
+    room: int = 1024
 
 
 @dataclass(slots=True)
