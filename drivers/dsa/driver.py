@@ -325,6 +325,7 @@ class DsaDriver:
     async def _abort_wq(self, wq: SubmissionQueue) -> None:
         wq._pause()
         await self._command(lib.IDXD_CMD_ABORT_WQ, wq_operand(wq.id))
+        await self._read_events()  # none may be left that speaks of a record whose place is used again
         wq._sweep("an abort of its work queue")
         if not await self._wq_enabled(wq):
             await self._command(lib.IDXD_CMD_ENABLE_WQ, wq.id)

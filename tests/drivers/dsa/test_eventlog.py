@@ -100,6 +100,29 @@ async def test_recover_reads_the_log(running: Any, kind: Kind) -> None:
         await give_back(r)
 
 
+async def test_an_abort_leaves_no_event_behind(running: Any) -> None:
+    """Or the old record would end a new descriptor."""
+    async with running(config=CONFIG) as r:
+        await withhold_records(r)
+        old = await r.wq.submit(descriptors.noop(3))
+        await r.dsa.abort(r.wq)
+        assert (await old.wait())["status"].tolist() == [1, 1, 1]
+        await give_back(r)
+        capacity = r.wq._ring.capacity
+        r.engine.stop_before(capacity)
+        for _ in range(capacity // 64):
+            submission = await r.wq.submit(descriptors.noop(64))
+            assert await r.dsa.events() == ()
+            assert (await submission.wait())["status"].all()
+        r.engine.stop_before(0)
+        new = await r.wq.submit(descriptors.noop(3))
+        assert await r.dsa.events() == ()
+        assert not new.poll()
+        r.engine.stop_before(-1)
+        r.engine.resume()
+        await new.wait()
+
+
 async def test_it_can_stay_off(running: Any) -> None:
     async with running(config=CONFIG, event_log=0) as r:
         await withhold_records(r)
