@@ -18,7 +18,11 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 WORDS = {
     "batch.py": ["4096 pages gathered"],
     "by_hand.py": ["viable=True", "status 0x1, equal: True"],
+    "copy_crc.py": ["1000000 bytes copied, CRC-32C 0x", "by numpy"],
     "copy_file.py": ["500000 bytes", "CRC-32C"],
+    "crc_pipeline.py": ["500000 bytes, CRC-32C 0x"],
+    "delta.py": ["32 blocks, 1 rewritten, 15 unchanged", "restored: True"],
+    "dualcast.py": ["64 entries of 768 bytes in both mirrors", "64 bytes out of step: DSA_COMP_DCAST_ERR"],
     "hello_dsa.py": ["moved 1048576 bytes", "CRC 0x"],
     "page_fault.py": [
         "DSA_COMP_BATCH_FAIL",
@@ -30,6 +34,13 @@ WORDS = {
 }
 
 
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
+    # The pvfio that is tested, installed or not.
+    environment = os.environ | {"PYTHONPATH": str(Path(pvfio.__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
 def test_the_table_names_every_example() -> None:
     assert sorted(WORDS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
@@ -38,15 +49,28 @@ def test_the_table_names_every_example() -> None:
 def test_example(name: str, tmp_path: Path) -> None:
     arguments: list[str] = []
     source, target = tmp_path / "source", tmp_path / "target"
-    if name == "copy_file.py":
+    if name in ("copy_file.py", "crc_pipeline.py"):
         source.write_bytes(bytes(range(250)) * 2000)
         arguments = [str(source), str(target)]
-    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
-    # The pvfio that is tested, installed or not.
-    environment = os.environ | {"PYTHONPATH": str(Path(pvfio.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = run(name, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     for words in WORDS[name]:
         assert words in done.stdout
     if target.exists():
         assert target.read_bytes() == source.read_bytes()
+
+
+def test_the_pipeline_judges_the_crc(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"123456789")
+    done = run("crc_pipeline.py", str(source), str(target), "0xe3069283")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert target.read_bytes() == b"123456789"
+    done = run("crc_pipeline.py", str(source), str(target), "0xe3069284")
+    assert done.returncode == 1
+    assert "CRC-32C is not 0xe3069284" in done.stderr
+    assert not target.exists()
+    source.write_bytes(b"")
+    done = run("crc_pipeline.py", str(source), str(target), "0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert target.read_bytes() == b""
