@@ -15,16 +15,20 @@ from pvfio.drivers.dsa import BatchError, DifError, DifFormat, DifTags, DsaError
 from tests.devices.dsa.dif_cases import Case
 from tests.devices.dsa.dif_cases import cases as dif_cases
 from tests.devices.dsa.dif_reference import CHECK, DIX, INSERT, OPCODES, STRIP, UPDATE, Dif, Tags, crc16
-from tests.drivers.dsa.conftest import cases, open_running
+from tests.drivers.dsa.conftest import cases
 
 pytestmark = pytest.mark.touches_c
 
 Kind = tuple[str, str]
 LARGE = 2 << 20
-FLAGS = (0, lib.IDXD_OP_FLAG_CC, lib.IDXD_OP_FLAG_ADDR1_TCS, lib.IDXD_OP_FLAG_CRSTS)
-LAYOUTS: dict[str, dict[str, Any]] = {"4K": {}, "2M": {"align": LARGE}, "scattered": {"scattered": True}}
-layouts = st.sampled_from(sorted(LAYOUTS))
-kinds = st.tuples(st.sampled_from(["intel", "amd"]), st.sampled_from(["inline", "thread"]))
+FLAGS = tuple(map(int, (0, lib.IDXD_OP_FLAG_ADDR1_TCS, lib.IDXD_OP_FLAG_CRSTS, lib.IDXD_OP_FLAG_CC)))
+ROOM = 8 * 4096
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "4K": {"size": ROOM},
+    "2M": {"size": LARGE, "align": LARGE},
+    "scattered": {"size": ROOM, "scattered": True},
+}
+PARTS = 4 * len(LAYOUTS)  # platforms and engines, and these
 
 
 def format_of(dif: Dif, *, source: bool) -> DifFormat:
@@ -77,22 +81,20 @@ async def operate(wq: Any, dif: Dif, dst: Any, src: Any, size: int, flags: int =
         await wq.dif_update(dst, src, size, source, destination, flags=flags)
 
 
-async def outcome(r: Any, case: Case, layout: str, src_at: int, dst_at: int, flags: int) -> None:
+async def outcome(wq: Any, case: Case, src: Any, dst: Any, src_at: int, dst_at: int, flags: int) -> None:
+    """Runs one case on buffers that earlier ones have used."""
     dif, size = case.dif, len(case.source)
     done, status, out = dif.run(case.source)
-    room = LARGE if layout == "2M" else 8 * 4096
-    src = await r.container.alloc(room, **LAYOUTS[layout])
-    dst = await r.container.alloc(room, **LAYOUTS[layout])
     src[src_at : src_at + size] = np.frombuffer(case.source, np.uint8)
-    want = np.full(room, 0x5A, np.uint8)
-    dst[:] = want
+    want = np.full(ROOM, 0x5A, np.uint8)
+    dst[:ROOM] = want
     want[dst_at : dst_at + len(out)] = np.frombuffer(out, np.uint8)
     caught: DifError | None = None
     try:
-        await operate(r.wq, dif, dst[dst_at:], src[src_at:], size, flags)
+        await operate(wq, dif, dst[dst_at:], src[src_at:], size, flags)
     except DifError as error:
         caught = error
-    assert np.array_equal(dst, want)
+    assert np.array_equal(dst[:ROOM], want)
     if caught is None:
         assert status == 0
     else:
@@ -100,29 +102,59 @@ async def outcome(r: Any, case: Case, layout: str, src_at: int, dst_at: int, fla
         assert (told, caught.result, caught.bytes_completed) == (status, status, done * dif.step)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("opcode", OPCODES)
-@cases()
-@given(
-    data=st.data(),
-    kind=kinds,
-    layout=layouts,
-    src_at=st.integers(0, 4095),
-    dst_at=st.integers(0, 4095),
-    flags=st.sampled_from(FLAGS),
-)
-def test_operation(
-    opcode: int, data: st.DataObject, kind: Kind, layout: str, src_at: int, dst_at: int, flags: int
-) -> None:
+async def test_operation(running: Any, kind: Kind, layout: str, opcode: int) -> None:
     """Any format, tags, blocks, good and bad fields: exactly what the definition says, and no byte beside it."""
-    case = data.draw(dif_cases((opcode,)))
-    if opcode == CHECK and flags == lib.IDXD_OP_FLAG_CC:
-        flags = 0
+    async with running(*kind) as r:
+        src, dst = [await r.container.alloc(**LAYOUTS[layout]) for _ in range(2)]
 
-    async def main() -> None:
-        async with open_running(*kind) as r:
-            await outcome(r, case, layout, src_at, dst_at, int(flags))
+        @cases(PARTS)
+        @given(
+            case=dif_cases((opcode,)),
+            src_at=st.integers(0, 4095),
+            dst_at=st.integers(0, 4095),
+            flags=st.sampled_from(FLAGS[:-1] if opcode == CHECK else FLAGS),
+        )
+        def test(case: Case, src_at: int, dst_at: int, flags: int) -> None:
+            trio.from_thread.run(outcome, r.wq, case, src, dst, src_at, dst_at, flags)
 
-    trio.run(main)
+        await trio.to_thread.run_sync(test)
+
+
+async def in_one_buffer(wq: Any, case: Case, buffer: Any, src_at: int, dst_at: int) -> None:
+    dif, size, written = case.dif, len(case.source), case.blocks * case.dif.out
+    if src_at < dst_at + written and dst_at < src_at + size:
+        before = np.array(buffer)
+        with pytest.raises(DsaError) as caught:
+            await operate(wq, dif, buffer[dst_at:], buffer[src_at:], size)
+        assert caught.value.name == "DSA_COMP_OVERLAP_BUFFERS"
+        assert np.array_equal(buffer, before)
+    else:
+        buffer[src_at : src_at + size] = np.frombuffer(case.source, np.uint8)
+        await operate(wq, dif, buffer[dst_at:], buffer[src_at:], size)
+        assert buffer[dst_at : dst_at + written].tobytes() == dif.run(case.source)[2]
+        assert buffer[src_at : src_at + size].tobytes() == case.source
+
+
+@pytest.mark.parametrize("opcode", [opcode for opcode in OPCODES if opcode != CHECK])
+async def test_source_and_destination_share_no_byte(running: Any, kind: Kind, opcode: int) -> None:
+    async with running(*kind) as r:
+        buffer = await r.container.alloc(2 * ROOM, scattered=True)
+
+        @cases(4)
+        @given(
+            case=dif_cases((opcode,), bad=False),
+            src_at=st.integers(0, ROOM),
+            apart=st.one_of(st.integers(-9, 9), st.integers(-ROOM, ROOM)),
+            beside=st.sampled_from([-1, 0, 1]),
+        )
+        def test(case: Case, src_at: int, apart: int, beside: int) -> None:
+            edge = {-1: src_at - case.blocks * case.dif.out, 0: src_at, 1: src_at + len(case.source)}[beside]
+            dst_at = min(max(edge + apart, 0), 2 * ROOM - case.blocks * case.dif.out)
+            trio.from_thread.run(in_one_buffer, r.wq, case, buffer, src_at, dst_at)
+
+        await trio.to_thread.run_sync(test)
 
 
 async def protected(r: Any, blocks: int, fmt: DifFormat) -> tuple[Any, Any]:
