@@ -94,7 +94,7 @@ class FaultHooks:
         """
         if reset not in _RESETS:
             raise ValueError(f"a reset is one of {', '.join(_RESETS)}, not {reset!r}")
-        _log.warning("the DSA halts: %s", reason)
+        _log.info("the DSA halts: %s", reason)
         self._commands.halt(_RESETS[reset])
         if self._running is not None:
             self._running.cancel()

@@ -358,7 +358,8 @@ class DsaDriver:
         their descriptors wait for them.
 
         Only ``recover`` and an operation that is being taken back look there by themselves: whoever expects events
-        waits for interrupt 0. Empty without an event log. Finishes when cancelled.
+        waits for interrupt 0. Empty without an event log. Raises ``VfioError`` EIO when somebody resets the function
+        meanwhile. Finishes when cancelled.
         """
         await trio.lowlevel.checkpoint()
         with trio.CancelScope(shield=True):

@@ -9,6 +9,7 @@ have a seed, the threads' timing has none. ``PVFIO_CAMPAIGN_SECONDS``, else ``PV
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -26,7 +27,8 @@ import trio
 from pvfio import Machine, MachineConfig
 from pvfio.abi import lib
 from pvfio.devices.dsa import DsaConfig
-from pvfio.drivers.dsa import BatchError, DsaDriver, DsaError, OperationAborted, WqConfig, descriptors
+from pvfio.drivers.dsa import BatchError, DsaDriver, DsaError, Event, OperationAborted, WqConfig, descriptors
+from pvfio.errors import VfioError
 from pvfio.host.config import IommuConfig
 from pvfio.machine import DeviceSpec
 from pvfio.vfio import Container, Device, DmaBuffer
@@ -285,7 +287,16 @@ async def listen(unit: Unit, applied: Counter[str]) -> None:
     """What a driver's interrupt handler would do: looks for events whenever interrupt 0 fires."""
     while True:
         await unit.device.irq(lib.VFIO_PCI_MSIX_IRQ_INDEX).wait(0, deadline=math.inf)
-        for event in await unit.dsa.events():
+        before = unit.interruptions
+        events: tuple[Event, ...] = ()
+        refused = None
+        try:
+            events = await unit.dsa.events()
+        except VfioError as error:
+            refused = error.errno
+        assert refused in (None, errno.EIO)
+        assert refused is None or Lane.disturbed(before, unit.interruptions), "nobody reset the function"
+        for event in events:
             assert event.code == lib.DSA_COMP_CRA_XLAT
             applied["record from the log"] += 1
 
