@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_ROUNDS = 15
+_ROUNDS = 31
 _STEPS = 19  # figures of one engine
 _ENGINES = {"inline": "in the caller, one processor", "thread": "a thread of its own"}
 

@@ -1,9 +1,10 @@
 """How fast a DSA is, as ratios to plain C loops over the same buffers in the same run.
 
 Device and loop take turns, and the figures are medians over the turns: the absolute ones change with the
-machine's mood, the ratios much less. A turn of the device is up to 32 batches of 32 descriptors, every one
+machine's mood, the ratios much less. A turn of the device is up to 64 batches of 32 descriptors, every one
 with a completion record, written to the portal at once, so that what Python does for a submission is shared
-by a thousand descriptors. Buffers are as many as stay in the processor's cache, in 2 MiB pages.
+by two thousand descriptors; a list of descriptors may serve several of the batches. Buffers are as many as
+stay in the processor's cache, in 2 MiB pages.
 
 Not measured: mapping (``tests/bench/spine.py`` does), several work queues at once.
 """
@@ -57,7 +58,8 @@ NOOP_TARGET = 15e6
 
 _WORKING_SET = 512 << 10  # of each buffer: two of them stay in a second-level cache
 _BUFFER = 2 << 20
-_MOST_BATCHES = 32
+_MOST_BATCHES = 64
+_MOST_MEMBERS = 1024  # descriptors in memory
 _TURN_BYTES = 32 << 20
 _PATTERN = 0x0123456789ABCDEF
 
@@ -136,16 +138,20 @@ _LOOPS = {
 class _Turns:
     """Turns of the device: one submission of batches that were prepared before."""
 
-    def __init__(self, wq: WorkQueue, batch: Batch, members: NDArray[Any], *, records: bool = True) -> None:
+    def __init__(
+        self, wq: WorkQueue, batch: Batch, members: NDArray[Any], batches: int, *, records: bool = True
+    ) -> None:
         self.wq = wq
         self.batch = batch
-        self.count = len(members)
-        descriptors.words_of(batch.descriptors)[: self.count] = descriptors.words_of(members)
-        batch.prepare(self.count, records=records)
-        self.outer = descriptors.empty(self.count // DEPTH)
+        self.members = len(members)
+        self.count = batches * DEPTH
+        descriptors.words_of(batch.descriptors)[: self.members] = descriptors.words_of(members)
+        batch.prepare(self.members, records=records)
+        self.outer = descriptors.empty(batches)
         self.outer["flags_opcode"] = lib.DSA_OPCODE_BATCH << lib.DSA_DESC_OPCODE_SHIFT
         step = DEPTH * np.dtype(dtype_of("struct dsa_hw_desc")).itemsize
-        self.outer["desc_list_addr"] = np.arange(len(self.outer), dtype=np.uint64) * step + batch.iova
+        lists = np.arange(batches, dtype=np.uint64) % np.uint64(self.members // DEPTH)
+        self.outer["desc_list_addr"] = lists * np.uint64(step) + np.uint64(batch.iova)
         self.outer["desc_count"] = DEPTH
 
     async def turn(self) -> float:
@@ -162,11 +168,16 @@ class _Turns:
     @property
     def records(self) -> NDArray[Any]:
         """The members' records."""
-        return self.batch.records[: self.count]
+        return self.batch.records[: self.members]
 
 
 def _batches(size: int, wq: WorkQueue) -> int:
-    return max(1, min(_MOST_BATCHES, wq.size, wq.max_batch // DEPTH, _TURN_BYTES // (DEPTH * size)))
+    return max(1, min(_MOST_BATCHES, wq.size, _TURN_BYTES // (DEPTH * size)))
+
+
+def _members(batch: Batch, batches: int) -> int:
+    """How many descriptors lie in memory: whole lists, of which some may be used more than once."""
+    return min(batch.capacity // DEPTH, batches) * DEPTH
 
 
 def _distinct(size: int) -> int:
@@ -177,10 +188,11 @@ async def _figure(
     wq: WorkQueue, batch: Batch, buffers: _Buffers, operation: str, size: int, rounds: int, loop: int
 ) -> Figure:
     distinct = _distinct(size)
-    count = DEPTH * _batches(size, wq)
-    at = np.arange(count, dtype=np.uint64) % np.uint64(distinct) * np.uint64(size)
+    batches = _batches(size, wq)
+    at = np.arange(_members(batch, batches), dtype=np.uint64) % np.uint64(distinct) * np.uint64(size)
     _prepare(buffers, operation)
-    turns = _Turns(wq, batch, _build(operation, buffers, at, size))
+    turns = _Turns(wq, batch, _build(operation, buffers, at, size), batches)
+    count = turns.count
     pointers = [ffi.cast("uint8_t *", ffi.from_buffer(x)) for x in (buffers.a, buffers.b, buffers.c)]
     pairs = []
     for number in range(rounds + 1):
@@ -191,7 +203,7 @@ async def _figure(
             pairs.append((device, time.perf_counter() - began))
     wrong = np.count_nonzero(turns.records["status"] != lib.DSA_COMP_SUCCESS)
     if wrong:
-        raise RuntimeError(f"{operation}: {wrong} of {count} descriptors failed")
+        raise RuntimeError(f"{operation}: {wrong} of {turns.members} descriptors failed")
     index = SIZES.index(size) if size in SIZES else None
     return Figure(
         operation,
@@ -212,10 +224,10 @@ def _prepare(buffers: _Buffers, operation: str) -> None:
 
 
 async def _noops(wq: WorkQueue, batch: Batch, rounds: int, *, records: bool) -> float:
-    count = DEPTH * _batches(1, wq)
-    turns = _Turns(wq, batch, descriptors.noop(count), records=records)
+    batches = _batches(1, wq)
+    turns = _Turns(wq, batch, descriptors.noop(_members(batch, batches)), batches, records=records)
     times = [await turns.turn() for _ in range(4 * rounds)]
-    return count / statistics.median(times)
+    return turns.count / statistics.median(times)
 
 
 async def _single(buffers: _Buffers, wq: WorkQueue, rounds: int) -> tuple[float, float]:
@@ -238,16 +250,19 @@ async def _single(buffers: _Buffers, wq: WorkQueue, rounds: int) -> tuple[float,
 async def measure(
     wq: WorkQueue,
     *,
-    rounds: int = 15,
+    rounds: int = 31,
     sizes: tuple[int, ...] = SIZES,
     advance: Callable[[], None] | None = None,
 ) -> Bench:
     """Runs everything on one work queue; ``advance`` is called after each figure.
 
     ``rounds`` turns of device and loop for each figure. Raises ``ValueError`` for a size that is no
-    multiple of 8 from 8 to 2 MiB, ``RuntimeError`` where a descriptor fails, and what the driver raises.
-    Cancelled: what was submitted is finished or taken back when the driver is left.
+    multiple of 8 from 8 to 2 MiB and for a work queue without batches of 32, ``RuntimeError`` where a
+    descriptor fails, and what the driver raises. Cancelled: what was submitted is finished or taken back
+    when the driver is left.
     """
+    if wq.max_batch < DEPTH:
+        raise ValueError(f"the work queue takes batches of {wq.max_batch}, not of {DEPTH}")
     if not all(8 <= size <= _BUFFER and size % 8 == 0 for size in sizes):
         raise ValueError(f"sizes are multiples of 8 from 8 to {_BUFFER}")
     container = wq.driver.device.container
@@ -263,7 +278,7 @@ async def measure(
 async def _measure(
     wq: WorkQueue, buffers: _Buffers, rounds: int, sizes: tuple[int, ...], advance: Callable[[], None]
 ) -> Bench:
-    batch = await wq.alloc_batch(min(wq.max_batch, DEPTH * _MOST_BATCHES))
+    batch = await wq.alloc_batch(min(wq.max_batch, _MOST_MEMBERS) // DEPTH * DEPTH)
     table = []
     for operation in ORIENTATION:
         for size in sizes:

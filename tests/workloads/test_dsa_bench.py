@@ -100,3 +100,6 @@ async def test_sizes_that_cannot_be_and_descriptors_that_fail() -> None:
                     await measure(dsa.wq(0), sizes=(size,))
             with pytest.raises(Exception, match="DSA_COMP_BATCH_FAIL"):
                 await measure(dsa.wq(0), rounds=1, sizes=(8192,))
+        async with DsaDriver(device, wqs=[WqConfig(max_batch_shift=4)]) as dsa:
+            with pytest.raises(ValueError, match="batches of 16, not of 32"):
+                await measure(dsa.wq(0))
