@@ -1,8 +1,9 @@
 /*
  * The life of one descriptor: checks, operation, completion record, interrupt (Intel DSA 1.2 chapter 5 and 8.1).
  *
- * An error that no completion record can report goes to the event log, or to SWERR. A page fault ends the descriptor with the bytes done and
- * the address, unless it blocks on faults: then it stays in hand and goes on where it was when the page is there.
+ * An error that no completion record can report goes to the event log, or to SWERR. A page fault ends the descriptor
+ * with the bytes done and the address, unless it blocks on faults: then it stays in hand and goes on where it was when
+ * the page is there.
  *
  * Not modelled: faults that page requests would resolve or refuse (status 0x04), privileged mode.
  */

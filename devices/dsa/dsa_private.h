@@ -209,7 +209,7 @@ int dsa_account(struct dsa_work *work, int result);
 
 int dsa_step(void *dsa);
 void dsa_report_swerr(struct pv_dsa *dsa, const struct dsa_swerr *error);
-/* Work whose end no completion record can tell, in the event log. 0, -ENOSPC: no log, or none that takes it; -ECANCELED. */
+/* Logs work whose end no completion record can tell. 0, -ENOSPC: no log, or none that takes it; -ECANCELED. */
 int dsa_log_event(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work, const struct dsa_swerr *error);
 /* Ends work as an injection wants it: true where one did. */
 bool dsa_inject(struct pv_dsa *dsa, const struct dsa_slot *slot, struct dsa_work *work);

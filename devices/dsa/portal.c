@@ -25,7 +25,8 @@ static void refuse(struct pv_dsa *dsa, uint32_t index, const struct dsa_hw_desc 
 #define HALTED UINT64_MAX
 
 /* Under the lock: 0, HALTED, or the software error a posted write gives. */
-static uint64_t push(struct pv_dsa *dsa, struct dsa_wq *wq, const struct dsa_hw_desc *desc, uint32_t page, bool nonposted)
+static uint64_t push(struct pv_dsa *dsa, struct dsa_wq *wq, const struct dsa_hw_desc *desc, uint32_t page,
+                     bool nonposted)
 {
     if (atomic_load_explicit(&dsa->halted, memory_order_relaxed))
         return HALTED;

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvfio.abi import dtype_of, lib
+from pvfio.devices.dsa import DsaConfig
 from tests.devices.dsa.function import Function
 from tests.devices.dsa.rig import LIST, MEMORY, RECORDS, SIZE, Rig
 
 pytestmark = pytest.mark.touches_c
 
+LOG = MEMORY + 0xD0000
 STATUSES = {
     value
     for name in dir(lib)
@@ -49,10 +51,16 @@ def descs(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     return desc
 
 
+@pytest.mark.parametrize("log", [0, 2, 64])
 @given(submitted=st.lists(descs(), min_size=1, max_size=4), members=st.lists(descs(), max_size=6))
-def test_descriptors(submitted: list[np.ndarray[Any, Any]], members: list[np.ndarray[Any, Any]]) -> None:
-    """Every descriptor ends, or waits for a page and can be aborted; a record holds a known status."""
+def test_descriptors(
+    log: int, submitted: list[np.ndarray[Any, Any]], members: list[np.ndarray[Any, Any]]
+) -> None:
+    """Every descriptor ends, or waits for a page and can be aborted; a record holds a known status. An event log, of
+    that many entries, changes none of this.
+    """
     rig = Rig()
+    lib.pv_dsa_log_enable(rig.dsa, LOG, log)
     try:
         rig.memory[:] = 0
         for place, member in enumerate(members):
@@ -77,14 +85,24 @@ registers = st.one_of(st.integers(0, 0x200 // 4), st.integers(0x400 // 4, 0x680 
 )
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        DsaConfig(),
+        DsaConfig.preset("dsa2.0", occupancy_interrupt=True, wq_ats=True),
+        DsaConfig(config_en=False),
+    ],
+    ids=["default", "all", "fixed"],
+)
 @given(
     writes=st.lists(
         st.tuples(registers, st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**64 - 1)), max_size=30
     )
 )
-def test_registers(writes: list[tuple[int, int, int]]) -> None:
+def test_registers(config: DsaConfig, writes: list[tuple[int, int, int]]) -> None:
     """Any store, then any load; without its task a device takes one command and no more."""
-    function = Function()
+    function = Function(config)
+    fresh = [function.read(at, 8) for at in (0x500, 0x400)]
     try:
         for offset, size, value in writes:
             at = offset // size * size
@@ -93,6 +111,8 @@ def test_registers(writes: list[tuple[int, int, int]]) -> None:
         function.device.function_level_reset()
         function.start()
         assert function.read(lib.IDXD_CMDSTS_OFFSET) == function.read(lib.IDXD_GENSTATS_OFFSET) == 0
-        assert function.read(0x500, 8) == function.read(0x400, 8) == 0
+        assert [function.read(at, 8) for at in (0x500, 0x400)] == fresh
+        evl = (lib.IDXD_EVLCFG_OFFSET, lib.IDXD_EVLCFG_OFFSET + 8, lib.IDXD_EVLSTATUS_OFFSET)
+        assert [function.read(at, 8) for at in evl] == [0, 0, 0]
     finally:
         function.device.close()
