@@ -54,6 +54,12 @@ OPERATIONS: dict[str, Any] = {
     "memmove": lambda r, a, b: r.wq.memmove(b, a, SIZE),
     "fill": lambda r, a, b: r.wq.fill(b, 0xFF, SIZE),
     "copy_crc": lambda r, a, b: r.wq.copy_crc(b, a, SIZE),
+    "compval": lambda r, a, b: r.wq.compval(a, b"\x01", SIZE),
+    "create_delta": lambda r, a, b: r.wq.create_delta(a, b, b[4096:], 2048),
+    "apply_delta": lambda r, a, b: r.wq.apply_delta(b, a, 10, SIZE),
+    "dualcast": lambda r, a, b: r.wq.dualcast(b, b[4096:], a, 4096),
+    "transl_fetch": lambda r, a, b: r.wq.transl_fetch(a, SIZE),
+    "cflush": lambda r, a, b: r.wq.cflush(a, SIZE),
     "batch": lambda r, a, b: r.wq.batch(
         descriptors.join(descriptors.memmove(b, a, 100), descriptors.memmove(b[200:], a, 100))
     ),

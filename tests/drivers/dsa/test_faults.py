@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,17 @@ OPERATIONS: list[tuple[str, Any, bool]] = [
     ("copy_crc", lambda wq, good, bad: wq.copy_crc(bad, good, 100), True),
     ("copy_crc", lambda wq, good, bad: wq.copy_crc(good, bad, 100), False),
     ("memmove", lambda wq, good, bad: wq.memmove(good, bad, 100), False),
+    ("compval", lambda wq, good, bad: wq.compval(bad, 0, 100), False),
+    ("create_delta", lambda wq, good, bad: wq.create_delta(bad, good, good[200:], 96), False),
+    ("create_delta", lambda wq, good, bad: wq.create_delta(good, bad, good[200:], 96), False),
+    ("create_delta", lambda wq, good, bad: wq.create_delta(good, good[200:], bad, 96), True),
+    ("apply_delta", lambda wq, good, bad: wq.apply_delta(bad, good[200:], 10, 4096), True),
+    ("apply_delta", lambda wq, good, bad: wq.apply_delta(good, bad, 10, 96), False),
+    ("dualcast", lambda wq, good, bad: wq.dualcast(bad, good[64:], good[200:], 100), True),
+    ("dualcast", lambda wq, good, bad: wq.dualcast(good[64:], bad, good[200:], 100), True),
+    ("dualcast", lambda wq, good, bad: wq.dualcast(good, good.iova + PAGE, bad, 100), False),
+    ("transl_fetch", lambda wq, good, bad: wq.transl_fetch(bad, 100), False),
+    ("cflush", lambda wq, good, bad: wq.cflush(bad, 100), False),
 ]
 
 
@@ -92,6 +104,7 @@ async def test_every_operation_reports_its_fault(running: Any, number: int) -> N
     name, action, write = OPERATIONS[number]
     async with running() as r:
         good = await r.container.alloc(PAGE)
+        good[:100] = 1
         with pytest.raises(DsaError) as caught:
             await action(r.wq, good, 0x7000_0040)
         error = caught.value
@@ -249,3 +262,21 @@ async def test_what_has_no_record_is_a_software_error(running: Any, kind: Kind) 
         assert r.dsa.last_software_error is error
         assert (await r.dsa.recover()).software_error is None
         await r.wq.noop()
+
+
+async def test_a_delta_record_touches_only_the_pages_of_its_words(running: Any, kind: Kind) -> None:
+    """A page between them may be missing, and the device does not even ask for it; a missing one is asked for once."""
+    async with running(*kind) as r:
+        (before, after), iova = await with_hole(r, 3, 1)
+        delta = await r.container.alloc(PAGE, iova=0x5000_0000)
+        delta[:40] = np.frombuffer(struct.pack("<HQHQHQHQ", 0, 1, 511, 2, 1024, 3, 1500, 4), np.uint8)
+        await r.wq.apply_delta(iova, delta, 40, 3 * PAGE)
+        assert [int(word) for word in before.view(np.uint64)[[0, 511]]] == [1, 2]
+        assert [int(word) for word in after.view(np.uint64)[[0, 476]]] == [3, 4]
+        assert len(r.machine.hypervisor.faults.snapshot()) == 0
+        delta[10:12] = np.frombuffer(struct.pack("<H", 600), np.uint8)
+        with pytest.raises(DsaError) as caught:
+            await r.wq.apply_delta(iova, delta, 40, 3 * PAGE)
+        assert (caught.value.fault_addr, caught.value.bytes_completed) == (iova + 8 * 600, 10)
+        (fault,) = r.machine.hypervisor.faults.snapshot()
+        assert (fault.iova, fault.permission) == (iova + 8 * 600, "write")
