@@ -1,8 +1,7 @@
 """Which WQs, groups and engines: what the driver wants, and what it writes to WQCFG and GRPCFG.
 
 Every group that has a WQ gets engines, shared out evenly. Not here: PASIDs (the driver owns the whole
-function), traffic classes, read-buffer limits (left at the device's reset values), occupancy interrupts,
-per-WQ operation lists.
+function), traffic classes, read-buffer limits (left at the device's reset values), occupancy interrupts.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ class WqConfig:
 
     ``size`` in descriptors (``None``: an even share of what the device has), ``threshold`` of a shared WQ
     (``None``: its size), ``priority`` 1 to 15, ``group``, and the shifts (``None``: the device's largest)
-    that bound a transfer in bytes and a batch in descriptors.
+    that bound a transfer in bytes and a batch in descriptors. ``operations`` are the opcodes it may do (``None``:
+    all), where the device can be told (``Capabilities.op_config``).
     """
 
     size: int | None = None
@@ -41,6 +41,7 @@ class WqConfig:
     max_transfer_shift: int | None = None
     max_batch_shift: int | None = None
     completion: Completion = "hybrid"
+    operations: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         if self.completion not in COMPLETIONS:
@@ -64,6 +65,8 @@ def resolve(wanted: Sequence[WqConfig], capabilities: Capabilities) -> list[WqCo
             raise ValueError(
                 f"the device has {capabilities.num_groups} groups, not one of number {config.group}"
             )
+        if config.operations is not None:
+            _check_operations(config.operations, capabilities)
         size = left // open_sizes if config.size is None else config.size
         transfer, batch = config.max_transfer_shift, config.max_batch_shift
         resolved.append(
@@ -78,6 +81,14 @@ def resolve(wanted: Sequence[WqConfig], capabilities: Capabilities) -> list[WqCo
     return resolved
 
 
+def _check_operations(operations: frozenset[int], capabilities: Capabilities) -> None:
+    if not capabilities.op_config:
+        raise ValueError("the device does not limit a work queue's operations (WQCAP)")
+    unknown = sorted(code for code in operations if not capabilities.has_operation(code))
+    if unknown:
+        raise ValueError(f"the device has no operations {', '.join(hex(code) for code in unknown)}")
+
+
 def _wqcfg(config: WqConfig, capabilities: Capabilities) -> np.ndarray[Any, Any]:
     raw = np.zeros(1, dtype=dtype_of("struct dsa_wqcfg"))
     raw["wq_size"] = config.size
@@ -89,7 +100,10 @@ def _wqcfg(config: WqConfig, capabilities: Capabilities) -> np.ndarray[Any, Any]
     shift = int(lib.IDXD_WQCFG_MAX_BATCH_SHIFT_SHIFT)
     raw["limits"] = (config.max_transfer_shift or 0) | (config.max_batch_shift or 0) << shift
     if capabilities.op_config:
-        raw["op_config"] = [capabilities.opcap >> 64 * word & (1 << 64) - 1 for word in range(4)]
+        allowed = capabilities.opcap
+        if config.operations is not None:
+            allowed = sum(1 << code for code in config.operations)
+        raw["op_config"] = [allowed >> 64 * word & (1 << 64) - 1 for word in range(4)]
     return raw
 
 

@@ -164,6 +164,9 @@ async def test_a_batch_and_a_drain_follow_their_members() -> None:
         assert entries[2].cr.status == lib.DSA_COMP_BATCH_FAIL
         assert [e.fault_addr for e in entries[2:]] == [IOVA + 64, IOVA + 96]
         assert f.statuses(5) == [0, 0, 0, 0, lib.DSA_COMP_SUCCESS]
+        for record in range(5, 5 + f.config.engines):  # batches that never ran, on every engine
+            f.submit(lib.DSA_OPCODE_BATCH, record=record, desc_list_addr=IOVA + 0x1000, desc_count=1)
+        assert set(f.statuses(5 + f.config.engines)[5:]) == {lib.DSA_COMP_DESC_CNT_ERANGE}
 
 
 @pytest.mark.parametrize(("size", "pasid"), [(0, 0), (63, 0), (64, lib.IDXD_EVLCFG_PASID_EN)])

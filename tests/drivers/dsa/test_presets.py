@@ -9,7 +9,7 @@ import pytest
 
 from pvfio.abi import lib
 from pvfio.devices.dsa import DsaConfig
-from pvfio.drivers.dsa import WqConfig
+from pvfio.drivers.dsa import DsaError, WqConfig
 
 pytestmark = pytest.mark.touches_c
 
@@ -69,3 +69,21 @@ async def test_a_fixed_configuration_is_what_it_is(running: Any) -> None:
     async with running(config=config, wqs=(WqConfig(size=4, shared=True), WqConfig())) as r:
         assert [(wq.size, wq.shared) for wq in r.dsa.wqs] == [(48, False)]
         await r.wq.noop()
+
+
+async def test_a_wq_limited_to_some_operations(running: Any) -> None:
+    """Others are refused by the device, and only in that WQ; what cannot be asked for is refused by the driver."""
+    only = frozenset({int(lib.DSA_OPCODE_NOOP), int(lib.DSA_OPCODE_MEMMOVE)})
+    wqs = (WqConfig(operations=only), WqConfig())
+    async with running(config=DsaConfig.preset("dsa2.0"), wqs=wqs) as r:
+        target = await r.container.alloc(4096)
+        await r.wq.memmove(target, target, 64)
+        with pytest.raises(DsaError) as caught:
+            await r.wq.fill(target, 0, 64)
+        assert caught.value.name == "DSA_COMP_BAD_OPCODE"
+        await r.dsa.wq(1).fill(target, 1, 64)
+    cases = ((DsaConfig(), only, "does not limit"), (DsaConfig(op_config=True), frozenset({0x7F}), "0x7f"))
+    for config, operations, message in cases:
+        with pytest.raises(ValueError, match=message):
+            async with running(config=config, wqs=(WqConfig(operations=operations),)):
+                pass
