@@ -3,7 +3,7 @@
  *
  * The value is a CRC-32C: seed and result inverted, so that the result of one part is the seed of the next. With bit 17
  * of the flags seed and result are neither inverted nor bit-reversed; with bit 18 each data byte is taken from its high
- * bit to its low. With bit 16 the seed is read from memory.
+ * bit to its low. With bit 16 the seed is read from memory, where it is 4-byte aligned.
  */
 #include <errno.h>
 
@@ -57,17 +57,24 @@ static int run_crcgen(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work
     return account(work, pv_bus_walk(dsa->bus, src, dsa_chunk(work), PV_DMA_READ, add, work, &work->dma));
 }
 
+static uint8_t check_crcgen(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc)
+{
+    uint8_t status = dsa_check_xfer(dsa, wq, desc);
+    bool misaligned = dsa_flags(desc) & DSA_CRC_FLAG_READ_SEED && desc->seed_addr % sizeof(uint32_t);
+    return !status && misaligned ? DSA_COMP_ADDR_ALIGN : status;
+}
+
 const struct dsa_op dsa_op_crcgen = {
     .flags = IDXD_OP_FLAG_FENCE | IDXD_OP_FLAG_BOF | IDXD_OP_FLAG_ADDR1_TCS | IDXD_OP_FLAG_ADDR3_TCS | CRC_FLAGS,
     .result = true,
     .reserved = {0, UINT64_MAX, 0, 0xffffffff00000000, 0, UINT64_MAX},
-    .check = dsa_check_xfer,
+    .check = check_crcgen,
     .run = run_crcgen,
 };
 
 static uint8_t check_copy(const struct pv_dsa *dsa, const struct dsa_wq *wq, const struct dsa_hw_desc *desc)
 {
-    uint8_t status = dsa_check_xfer(dsa, wq, desc);
+    uint8_t status = check_crcgen(dsa, wq, desc);
     return !status && dsa_overlaps(desc) ? DSA_COMP_OVERLAP_BUFFERS : status;
 }
 

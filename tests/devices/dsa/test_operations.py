@@ -103,8 +103,8 @@ def test_crc(shared: Rig, src: int, size: int, seed: int, from_memory: bool, cop
     fields = {"src_addr": MEMORY + src, "xfer_size": size, "crc_seed": seed}
     flags = CRAV_RCR
     if from_memory:
-        shared.at(MEMORY + 0xA0001, 4)[:] = np.frombuffer(seed.to_bytes(4, "little"), np.uint8)
-        fields |= {"crc_seed": 0, "seed_addr": MEMORY + 0xA0001}
+        shared.at(MEMORY + 0xA0004, 4)[:] = np.frombuffer(seed.to_bytes(4, "little"), np.uint8)
+        fields |= {"crc_seed": 0, "seed_addr": MEMORY + 0xA0004}
         flags |= lib.DSA_CRC_FLAG_READ_SEED
     if copy:
         fields["dst_addr"] = MEMORY + 0x80003
@@ -112,6 +112,17 @@ def test_crc(shared: Rig, src: int, size: int, seed: int, from_memory: bool, cop
     assert (record["status"], record["crc_val"]) == (lib.DSA_COMP_SUCCESS, crc(data, seed))
     if copy:
         assert shared.at(MEMORY + 0x80003, size).tobytes() == data
+
+
+@pytest.mark.parametrize("opcode", [lib.DSA_OPCODE_CRCGEN, lib.DSA_OPCODE_COPY_CRC])
+@pytest.mark.parametrize("offset", range(5))
+def test_the_seed_in_memory_is_aligned(rig: Rig, opcode: int, offset: int) -> None:
+    """To 4 bytes, where it is read at all."""
+    copy = {"dst_addr": MEMORY + 0x1000} if opcode == lib.DSA_OPCODE_COPY_CRC else {}
+    fields = copy | {"src_addr": MEMORY, "xfer_size": 8, "seed_addr": MEMORY + 0x2000 + offset}
+    wanted = lib.DSA_COMP_ADDR_ALIGN if offset % 4 else lib.DSA_COMP_SUCCESS
+    assert rig.run(opcode, CRAV_RCR | lib.DSA_CRC_FLAG_READ_SEED, **fields)["status"] == wanted
+    assert rig.run(opcode, **fields)["status"] == lib.DSA_COMP_SUCCESS
 
 
 def reverse(value: int, bits: int) -> int:

@@ -37,6 +37,47 @@ def test_the_bytes_are_those_of_the_specification() -> None:
     assert one.tobytes() == bytes(expected)
 
 
+# Operation code, then little-endian fields at their byte offsets.
+LAYOUTS: list[tuple[Any, int, dict[int, tuple[int, int]]]] = [
+    (
+        descriptors.compval(0x1111, 0x2222, 0x33, expected_result=1),
+        0x06,
+        {16: (0x1111, 8), 24: (0x2222, 8), 32: (0x33, 4), 40: (1, 1)},
+    ),
+    (
+        descriptors.create_delta(0x1111, 0x2222, 0x3333, 0x44, 0x55, expected_results=6),
+        0x07,
+        {16: (0x1111, 8), 24: (0x2222, 8), 32: (0x44, 4), 40: (0x3333, 8), 48: (0x55, 4), 56: (6, 1)},
+    ),
+    (
+        descriptors.apply_delta(0x1111, 0x2222, 0x33, 0x44),
+        0x08,
+        {16: (0x2222, 8), 24: (0x1111, 8), 32: (0x44, 4), 40: (0x33, 4)},
+    ),
+    (
+        descriptors.dualcast(0x1111, 0x2222, 0x3333, 0x44),
+        0x09,
+        {16: (0x3333, 8), 24: (0x1111, 8), 32: (0x44, 4), 40: (0x2222, 8)},
+    ),
+    (
+        descriptors.transl_fetch(0x1111, 0x22, stride=0x33),
+        0x0A,
+        {16: (0x1111, 8), 32: (0x22, 4), 48: (0x33, 4)},
+    ),
+    (descriptors.cflush(0x1111, 0x22), 0x20, {24: (0x1111, 8), 32: (0x22, 4)}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_each_byte_is_where_the_specification_has_it(number: int) -> None:
+    array, opcode, fields = LAYOUTS[number]
+    expected = bytearray(64)
+    expected[7] = opcode
+    for offset, (value, size) in fields.items():
+        expected[offset : offset + size] = value.to_bytes(size, "little")
+    assert array.tobytes() == bytes(expected)
+
+
 CASES: list[tuple[Any, int, dict[str, int]]] = [
     (descriptors.noop(), 0x00, {}),
     (descriptors.drain(), 0x02, {}),
