@@ -5,6 +5,8 @@
 #include <stdint.h>
 
 uint16_t dsa_crc16_t10(uint16_t crc, const uint8_t *data, uint64_t n);
+/* Without 512-bit instructions, and without any but the usual ones. */
+uint16_t dsa_crc16_t10_narrow(uint16_t crc, const uint8_t *data, uint64_t n);
 uint16_t dsa_crc16_t10_portable(uint16_t crc, const uint8_t *data, uint64_t n);
 
 #endif

@@ -66,10 +66,11 @@ struct dsa_dif dsa_dif_of(const struct dsa_hw_desc *desc)
     return dif;
 }
 
-uint8_t dsa_dif_check(const struct dsa_dif *dif, const uint8_t *data, const uint8_t *field, uint64_t n)
+uint8_t dsa_dif_check(const struct dsa_dif *dif, const uint8_t *data, const uint8_t *field, uint64_t n, bool *guarded)
 {
     uint16_t guard = get16(field), app = get16(field + 2);
     uint32_t ref = get32(field + 4);
+    *guarded = false;
     bool app_f = app == 0xffff, tags_f = app_f && ref == 0xffffffff, all_f = tags_f && guard == 0xffff;
     if (all_f && dif->src_flags & DSA_DIF_SRC_FLAG_ALL_F)
         return dif->src_flags & DSA_DIF_SRC_FLAG_ALL_F_ERR ? DSA_DIF_STATUS_ALL_F : 0;
@@ -77,8 +78,10 @@ uint8_t dsa_dif_check(const struct dsa_dif *dif, const uint8_t *data, const uint
         (app_f && dif->src_flags & DSA_DIF_SRC_FLAG_APP_TAG_F))
         return 0;
     uint8_t status = 0;
-    if (!(dif->src_flags & DSA_DIF_SRC_FLAG_GUARD_DISABLE) && guard != guard_of(dif, data))
-        status |= DSA_DIF_STATUS_GUARD;
+    if (!(dif->src_flags & DSA_DIF_SRC_FLAG_GUARD_DISABLE)) {
+        *guarded = guard == guard_of(dif, data);
+        status |= *guarded ? 0 : DSA_DIF_STATUS_GUARD;
+    }
     if ((app ^ app_of(&dif->src, n)) & ~dif->src.mask & 0xffff)
         status |= DSA_DIF_STATUS_APP_TAG;
     if (!(dif->src_flags & DSA_DIF_SRC_FLAG_REF_TAG_DISABLE) && ref != ref_of(&dif->src, n))
@@ -86,10 +89,10 @@ uint8_t dsa_dif_check(const struct dsa_dif *dif, const uint8_t *data, const uint
     return status;
 }
 
-void dsa_dif_write(const struct dsa_dif *dif, const uint8_t *data, uint8_t *field, uint64_t n)
+void dsa_dif_write(const struct dsa_dif *dif, const uint8_t *data, uint8_t *field, uint64_t n, bool guarded)
 {
     uint32_t ref = ref_of(&dif->dest, n);
-    if (!(dif->dest_flags & DSA_DIF_DEST_FLAG_GUARD_PASS))
+    if (!guarded && !(dif->dest_flags & DSA_DIF_DEST_FLAG_GUARD_PASS))
         put16(field, guard_of(dif, data));
     if (!(dif->dest_flags & DSA_DIF_DEST_FLAG_APP_TAG_PASS))
         put16(field + 2, app_of(&dif->dest, n) & (uint16_t)~dif->dest.mask);

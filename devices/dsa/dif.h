@@ -30,10 +30,10 @@ struct dsa_dif {
 };
 
 struct dsa_dif dsa_dif_of(const struct dsa_hw_desc *desc);
-/* A DIF status, 0: good. `n` is the block's number. */
-uint8_t dsa_dif_check(const struct dsa_dif *dif, const uint8_t *data, const uint8_t *field, uint64_t n);
-/* Fills in the field of block `n`; `field` holds what may be passed through. */
-void dsa_dif_write(const struct dsa_dif *dif, const uint8_t *data, uint8_t *field, uint64_t n);
+/* A DIF status, 0: good. `n` is the block's number. `*guarded`: the guard was computed, and is the field's. */
+uint8_t dsa_dif_check(const struct dsa_dif *dif, const uint8_t *data, const uint8_t *field, uint64_t n, bool *guarded);
+/* Fills in the field of block `n`; `field` holds what may be passed through, a good guard if it is `guarded`. */
+void dsa_dif_write(const struct dsa_dif *dif, const uint8_t *data, uint8_t *field, uint64_t n, bool guarded);
 /* The tags of block `n` in a completion record: what would go on from there. */
 void dsa_dif_report(const struct dsa_dif *dif, uint64_t n, struct dsa_completion_record *record);
 

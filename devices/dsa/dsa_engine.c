@@ -346,7 +346,9 @@ uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable)
     return portable ? dsa_crc32c_portable(crc, data, n) : dsa_crc32c(crc, data, n);
 }
 
-uint16_t pv_dsa_crc16_t10(uint16_t crc, const void *data, uint64_t n, int portable)
+uint16_t pv_dsa_crc16_t10(uint16_t crc, const void *data, uint64_t n, int way)
 {
-    return portable ? dsa_crc16_t10_portable(crc, data, n) : dsa_crc16_t10(crc, data, n);
+    if (way == 2)
+        return dsa_crc16_t10_portable(crc, data, n);
+    return way ? dsa_crc16_t10_narrow(crc, data, n) : dsa_crc16_t10(crc, data, n);
 }

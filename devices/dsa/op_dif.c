@@ -14,6 +14,16 @@
 #include "dsa_private.h"
 
 #define BUFFER_SIZE (4 * (DSA_DIF_BLOCK_MAX + DSA_DIF_SIZE))
+#define BUFFER_BLOCKS (BUFFER_SIZE / 512)
+
+/* Blocks on their way: as the source has them, and the fields the destination gets. */
+struct blocks {
+    struct dsa_dif dif;
+    uint64_t first, count; /* number of the first one; how many */
+    uint64_t block, at;    /* where the destination is written: the block, and the byte in it */
+    uint8_t field[BUFFER_BLOCKS][DSA_DIF_SIZE];
+    uint8_t source[BUFFER_SIZE];
+};
 
 static bool overlap(const struct dsa_hw_desc *desc, uint64_t src_size, uint64_t dst_size)
 {
@@ -31,58 +41,68 @@ static uint8_t check(const struct pv_dsa *dsa, const struct dsa_wq *wq, const st
     return status;
 }
 
-/* How many of the `count` blocks in the buffer are good, and what is wrong with the next one. */
-static uint64_t check_blocks(const struct dsa_dif *dif, const uint8_t *buffer, uint64_t first, uint64_t count,
-                             uint8_t *status)
+/* Checks and makes fields, up to the first block that is not good: its DIF status. */
+static uint8_t examine(struct blocks *b)
 {
-    *status = 0;
-    for (uint64_t i = 0; dif->checks && i < count; i++) {
-        const uint8_t *data = buffer + i * dif->from;
-        *status = dsa_dif_check(dif, data, data + dif->block, first + i);
-        if (*status)
-            return i;
+    const struct dsa_dif *dif = &b->dif;
+    for (uint64_t i = 0; i < b->count; i++) {
+        const uint8_t *data = b->source + i * dif->from;
+        bool guarded = false;
+        uint8_t status = dif->checks ? dsa_dif_check(dif, data, data + dif->block, b->first + i, &guarded) : 0;
+        if (status) {
+            b->count = i;
+            return status;
+        }
+        if (dif->writes && dif->checks)
+            memcpy(b->field[i], data + dif->block, DSA_DIF_SIZE);
+        if (dif->writes)
+            dsa_dif_write(dif, data, b->field[i], b->first + i, guarded);
     }
-    return count;
+    return 0;
 }
 
-/* From blocks as the source has them to blocks as the destination wants them, in place. */
-static void convert(const struct dsa_dif *dif, uint8_t *buffer, uint64_t first, uint64_t count)
+/* The next bytes of the destination: data and fields by turns. */
+static int put(void *arg, uint8_t *ptr, uint64_t len)
 {
-    bool grows = dif->to > dif->from;
-    for (uint64_t i = 0; i < count; i++) {
-        uint64_t block = grows ? count - 1 - i : i; /* so that none is overwritten before its turn */
-        const uint8_t *from = buffer + block * dif->from;
-        uint8_t *to = buffer + block * dif->to;
-        if (dif->to < dif->block) {
-            dsa_dif_write(dif, from, to, first + block);
-            continue;
+    struct blocks *b = arg;
+    uint64_t data = b->dif.to - (b->dif.writes ? DSA_DIF_SIZE : 0);
+    while (len) {
+        bool in_data = b->at < data;
+        uint64_t left = (in_data ? data : b->dif.to) - b->at, now = left < len ? left : len;
+        memcpy(ptr, in_data ? b->source + b->block * b->dif.from + b->at : b->field[b->block] + b->at - data, now);
+        ptr += now;
+        len -= now;
+        b->at += now;
+        if (b->at == b->dif.to) {
+            b->at = 0;
+            b->block++;
         }
-        if (dif->to != dif->from)
-            memmove(to, from, dif->block);
-        if (dif->writes)
-            dsa_dif_write(dif, to, to + dif->block, first + block);
     }
+    return 0;
 }
 
 /* A bufferful. What cannot be read is reported once what comes before it is done. */
-static int run_some(struct pv_dsa *dsa, struct dsa_work *work, const struct dsa_dif *dif, uint8_t *buffer)
+static int run_some(struct pv_dsa *dsa, struct dsa_work *work, struct blocks *b)
 {
     const struct dsa_hw_desc *desc = &work->desc;
-    uint64_t first = work->done / dif->from, left = desc->xfer_size / dif->from - first;
-    uint64_t most = BUFFER_SIZE / (dif->from > dif->to ? dif->from : dif->to);
-    uint64_t count = left < most ? left : most;
-    uint8_t status;
-    int result = pv_bus_read(dsa->bus, desc->src_addr + work->done, buffer, count * dif->from, &work->dma);
+    uint64_t from = b->dif.from, to = b->dif.to;
+    b->first = work->done / from;
+    b->count = desc->xfer_size / from - b->first;
+    if (b->count > BUFFER_SIZE / from)
+        b->count = BUFFER_SIZE / from;
+    int result = pv_bus_read(dsa->bus, desc->src_addr + work->done, b->source, b->count * from, &work->dma);
     struct pv_dma read = work->dma;
-    count = check_blocks(dif, buffer, first, read.done / dif->from, &status);
-    convert(dif, buffer, first, dif->to ? count : 0);
-    int written = pv_bus_write(dsa->bus, desc->dst_addr + first * dif->to, buffer, count * dif->to, &work->dma);
+    b->count = read.done / from;
+    uint8_t status = examine(b);
+    b->block = b->at = 0;
+    uint64_t dst = desc->dst_addr + b->first * to;
+    int written = pv_bus_walk(dsa->bus, dst, b->count * to, PV_DMA_WRITE, put, b, &work->dma);
     if (written)
-        count = work->dma.done / dif->to;
+        b->count = work->dma.done / to;
     else
         work->dma = read;
-    work->done += count * dif->from;
-    dsa_dif_report(dif, first + count, &work->record);
+    work->done += b->count * from;
+    dsa_dif_report(&b->dif, b->first + b->count, &work->record);
     if (written || (result && !status))
         return written ? written : result;
     if (!status && work->done < desc->xfer_size)
@@ -97,13 +117,13 @@ static int run_some(struct pv_dsa *dsa, struct dsa_work *work, const struct dsa_
 
 static int run(struct pv_dsa *dsa, struct dsa_slot *slot, struct dsa_work *work)
 {
-    struct dsa_dif dif = dsa_dif_of(&work->desc);
+    struct blocks blocks;
     uint64_t turn = work->done + DSA_CHUNK;
-    uint8_t buffer[BUFFER_SIZE];
     int result;
     (void)slot;
+    blocks.dif = dsa_dif_of(&work->desc);
     do
-        result = run_some(dsa, work, &dif, buffer);
+        result = run_some(dsa, work, &blocks);
     while (result == DSA_MORE && work->done < turn);
     return result;
 }
