@@ -10,6 +10,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -115,6 +116,17 @@ static void free_engine(struct pv_engine *e)
     free(e);
 }
 
+/* Signals are the program's: an engine's thread takes none. */
+static int start_thread(struct pv_engine *e)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&e->thread, NULL, run_thread, e);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
+}
+
 struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, uint64_t poll_ns)
 {
     struct pv_engine *e = calloc(1, sizeof(*e));
@@ -127,7 +139,7 @@ struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, 
     atomic_init(&e->stop_in, -1);
     pthread_mutex_init(&e->run, NULL);
     e->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (e->stop_fd < 0 || (kind == PV_ENGINE_THREAD && pthread_create(&e->thread, NULL, run_thread, e))) {
+    if (e->stop_fd < 0 || (kind == PV_ENGINE_THREAD && start_thread(e))) {
         free_engine(e);
         return NULL;
     }
@@ -167,7 +179,9 @@ bool pv_engine_gate(struct pv_engine *e)
         eventfd_write(e->stop_fd, 1);
         return false;
     }
-    atomic_fetch_add_explicit(&e->gates, 1, memory_order_relaxed);
+    /* Only the runner counts. */
+    uint64_t gates = atomic_load_explicit(&e->gates, memory_order_relaxed);
+    atomic_store_explicit(&e->gates, gates + 1, memory_order_relaxed);
     return true;
 }
 

@@ -10,9 +10,8 @@
 void pv_iommu_log(struct requester *r, struct pv_fault *fault)
 {
     struct pv_iommu *iommu = r->iommu;
-    struct pv_domain *domain = atomic_load(&r->domain);
     fault->device_id = r->device_id;
-    fault->domain = domain ? domain->id : 0;
+    fault->domain = atomic_load_explicit(&r->domain_id, memory_order_relaxed);
     pthread_mutex_lock(&iommu->fault_lock);
     if (iommu->fault_count == FAULT_ROOM) {
         iommu->faults_lost++;

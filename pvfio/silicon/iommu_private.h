@@ -45,6 +45,7 @@ struct requester {
     struct pv_iommu *iommu;
     uint64_t device_id;
     _Atomic(struct pv_domain *) domain;
+    _Atomic uint32_t domain_id; /* for the fault log, which must not follow the pointer outside a section */
     struct requester *next; /* of the same domain */
     _Atomic uint64_t section;
     uint64_t sequence;      /* of the IOTLB, as the open section read it */
@@ -59,7 +60,7 @@ static inline struct pv_iommu *iommu_get(struct pv_iommu *iommu)
     return iommu;
 }
 
-/* Fills in who and which domain, and logs. With the requester's section open: the domain stays. */
+/* Fills in who and which domain, and logs. */
 void pv_iommu_log(struct requester *r, struct pv_fault *fault);
 
 /* With the IOMMU's lock held. True: it was the last reference, pv_domain_free once the lock is not held. */

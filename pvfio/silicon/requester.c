@@ -13,7 +13,6 @@
 #define MAX_MSI_DATA 4096
 #define IOVA_BITS 57
 
-/* With the requester's section open: the domain stays. */
 static int log_reason(struct requester *r, uint64_t iova, uint32_t perm, uint8_t reason)
 {
     struct pv_fault fault = {.iova = iova, .perm = (uint8_t)perm, .reason = reason};
@@ -102,12 +101,7 @@ static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
             sent = ring(r->msi_fd[data]) ? -EFAULT : 0;
         pthread_mutex_unlock(&r->msi_lock);
     }
-    if (sent) {
-        pv_section_enter(&r->section);
-        log_reason(r, addr, PV_DMA_WRITE, PV_FAULT_INTERRUPT);
-        pv_section_leave(&r->section);
-    }
-    return sent;
+    return sent ? log_reason(r, addr, PV_DMA_WRITE, PV_FAULT_INTERRUPT) : 0;
 }
 
 static void requester_destroy(struct pv_bus *bus)
@@ -184,6 +178,7 @@ int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain)
     if (old != domain) {
         if (old)
             unlink_requester(r, old);
+        atomic_store(&r->domain_id, domain ? domain->id : 0);
         atomic_store(&r->domain, domain);
         if (domain) {
             domain->references++;

@@ -2,7 +2,7 @@
  * The IOTLB of one requester: set-associative, tagged by domain, entries of every page size.
  *
  * Its requester alone inserts and looks up, inside a section; anyone may invalidate. An entry is found by one probe
- * per page size that was ever inserted since the last full invalidation.
+ * per page size that was ever inserted.
  *
  * Not modelled: paging-structure caches, global pages, the replacement policies of real parts (here: round robin).
  */

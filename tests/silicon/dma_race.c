@@ -31,6 +31,7 @@
 #define PART (SLOT / ENGINES) /* of a slot: what one engine writes */
 #define PIECE 65536
 #define HOT (WINDOW + SLOTS * SLOT) /* a page that is mapped, flushed and mapped elsewhere all the time */
+#define PATIENCE_NS 60000000000
 #define HOT_TURNS 200
 #define MARK 0x5a
 #define DMA_BYTE 0xa5
@@ -300,10 +301,18 @@ static void change_domain(struct side *s)
     s->moves++;
 }
 
+/* On a busy machine a side goes on until it has seen what it came for, within reason. */
+static bool goes_on(const struct side *s)
+{
+    uint64_t now = now_ns();
+    bool seen = s->unmaps && s->written && s->hot_written;
+    return now < end_ns || (!seen && now < end_ns + PATIENCE_NS);
+}
+
 static void *run_side(void *arg)
 {
     struct side *s = arg;
-    while (now_ns() < end_ns) {
+    while (goes_on(s)) {
         unsigned action = next_random(&s->random) % 16, slot = next_random(&s->random) % SLOTS;
         if (action == 0)
             change_domain(s);
