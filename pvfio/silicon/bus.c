@@ -255,7 +255,11 @@ static int fill_span(void *arg, uint8_t *ptr, uint64_t len)
     }
     uint64_t word;
     memcpy(&word, f->pattern + f->phase, 8);
-    uint64_t i = 0;
+    uint64_t i = 0, block[16]; /* copied as a whole, which compilers make wide stores of */
+    for (int k = 0; k < 16; k++)
+        block[k] = word;
+    for (; i + sizeof(block) <= len; i += sizeof(block))
+        memcpy(ptr + i, block, sizeof(block));
     for (; i + 8 <= len; i += 8)
         memcpy(ptr + i, &word, 8);
     memcpy(ptr + i, &word, len - i);
