@@ -291,7 +291,10 @@ static int compare_pair(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, s
     (void)arg;
     if (!memcmp(a, b, len))
         return 0;
-    dma->done += first_difference(a, b, len);
+    uint64_t at = first_difference(a, b, len);
+    if (at == len) /* somebody wrote meanwhile, and they are equal now */
+        return 0;
+    dma->done += at;
     return 1;
 }
 
