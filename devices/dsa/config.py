@@ -17,8 +17,8 @@ from pvfio.abi import ffi, lib
 __all__ = ["DsaConfig", "implemented_opcodes"]
 
 # What users of Sapphire Rapids report of dsa0: version 0x100, gencap 0x40915f0107, 4 groups, 8 WQs of 128 entries
-# together, 4 engines, 96 read buffers, opcap 0x1003f027d or 0x1003f03ff. Of gencap, the interrupt message storage
-# multiple (bits 30:25) and the undocumented bit 38 stay 0 here.
+# together, 4 engines, 96 read buffers, opcap 0x1003f027d. Here the opcap has BATCH and the delta operations too; of
+# gencap, the interrupt message storage multiple (bits 30:25) and the undocumented bit 38 stay 0.
 _DSA_1_OPCODES: Final = 0x1003F03FF
 # The second generation adds what Linux reads of it: event log, operation configuration, translation fetch, DIX.
 _DSA_2_OPCODES: Final = _DSA_1_OPCODES | 1 << lib.DSA_OPCODE_TRANSL_FETCH | 1 << lib.DSA_OPCODE_DIX_GEN
