@@ -266,6 +266,7 @@ def test_as_a_process_it_ends_with_the_status() -> None:
 def test_an_interrupt_is_status_130_after_the_summary(engine: str) -> None:
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pvfio.cli",
         "dmatest",

@@ -18,7 +18,7 @@ HEADER = Path("/usr/include/linux/idxd.h")
 # <linux/idxd.h> has bit fields where dsa.h has a whole word.
 WORDS = {"pasid_priv": "pasid", "flags_opcode": "flags"}
 # Named by later versions of <linux/idxd.h> and of the specification.
-LATER = {"descs_completed"}
+LATER = {"descs_completed", "transl_fetch_addr", "region_size", "transl_fetch_res", "region_stride"}
 
 
 @pytest.fixture(scope="module")

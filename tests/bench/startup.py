@@ -21,7 +21,7 @@ print(time.perf_counter() - start)
 
 def import_seconds() -> float:
     """Seconds that ``import pvfio`` takes in a new interpreter."""
-    command = [sys.executable, "-c", TIME_THE_IMPORT]
+    command = [sys.executable, "-P", "-c", TIME_THE_IMPORT]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -43,6 +43,6 @@ def test_finally_blocks_of_a_dead_cycle_find_the_data_path() -> None:
 
 def test_interpreter_exits_while_the_engine_works() -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", BUSY_AT_EXIT], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-P", "-c", BUSY_AT_EXIT], capture_output=True, text=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "bye\n"), ended.stderr
