@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from tests.devices.dsa.function import Function
 
 pytestmark = pytest.mark.touches_c
 
-BUSY_AT_EXIT = """
+# The pvfio that is tested, installed or not, and the tests' own rig beside it.
+BUSY_AT_EXIT = f"""
+import sys
 from pvfio.abi import ffi, lib
+sys.path.append({str(Path(__file__).parents[3])!r})
 from tests.devices.dsa.rig import MEMORY, Rig, descriptor
 rig = Rig("thread")
 rig.submit(descriptor(lib.DSA_OPCODE_MEMFILL, dst_addr=MEMORY, xfer_size=1 << 20, flags=0))
