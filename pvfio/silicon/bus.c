@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "iommu.h"
+#include "move.h"
 
 /* An open section and how much of it is used up. */
 struct section {
@@ -67,11 +68,24 @@ static inline int translate(struct section *s, uint64_t iova, uint32_t perm, uin
     return 0;
 }
 
-int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv_span_fn fn, void *arg,
-                struct pv_dma *dma)
+/* One of the ranges that an operation goes through in step. */
+struct range {
+    uint64_t iova;
+    uint32_t perm;
+};
+
+/* Sees the piece of every range, `len` bytes each, inside a section; not zero ends the walk with that value. */
+typedef int (*piece_fn)(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma);
+
+/*
+ * The one loop of every forward operation: translates the ranges in their order, each limited to the shortest before
+ * it. Always inline: `count` and `fn` are constants at every call.
+ */
+static inline __attribute__((always_inline)) int walk_ranges(struct pv_bus *bus, const struct range *ranges,
+                                                             unsigned count, uint64_t n, piece_fn fn, void *arg,
+                                                             struct pv_dma *dma)
 {
     struct section s;
-    struct pv_span span;
     begin(dma);
     if (!n)
         return 0;
@@ -79,10 +93,14 @@ int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv
     if (result)
         return result;
     for (;;) {
-        result = translate(&s, iova + dma->done, perm, n - dma->done, &span, dma);
-        if (result)
-            break;
-        result = fn(arg, span.ptr, span.len);
+        uint8_t *at[3];
+        struct pv_span span = {NULL, n - dma->done};
+        for (unsigned i = 0; i < count && !result; i++) {
+            result = translate(&s, ranges[i].iova + dma->done, ranges[i].perm, span.len, &span, dma);
+            at[i] = span.ptr;
+        }
+        if (!result)
+            result = fn(arg, at, span.len, dma);
         if (result)
             break;
         dma->done += span.len;
@@ -94,6 +112,26 @@ int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv
     }
     section_close(&s);
     return result;
+}
+
+struct single {
+    pv_span_fn fn;
+    void *arg;
+};
+
+static inline int single_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
+{
+    const struct single *single = arg;
+    (void)dma;
+    return single->fn(single->arg, at[0], len);
+}
+
+int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv_span_fn fn, void *arg,
+                struct pv_dma *dma)
+{
+    const struct range range = {iova, perm};
+    struct single single = {fn, arg};
+    return walk_ranges(bus, &range, 1, n, single_piece, &single, dma);
 }
 
 static int copy_out(void *arg, uint8_t *ptr, uint64_t len)
@@ -132,63 +170,20 @@ int pv_bus_write(struct pv_bus *bus, uint64_t iova, const void *src, uint64_t n,
     return pv_bus_walk(bus, iova, n, PV_DMA_WRITE, copy_in, &src, dma);
 }
 
-/* Two ranges in step: translates both, limits both to the shorter. */
-static inline int translate_pair(struct section *s, uint64_t dst, uint32_t dst_perm, struct pv_span *to, uint64_t src,
-                                 struct pv_span *from, uint64_t n, struct pv_dma *dma)
+static inline int copy_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
 {
-    int result = translate(s, src, PV_DMA_READ, n, from, dma);
-    if (!result)
-        result = translate(s, dst, dst_perm, from->len, to, dma);
-    return result;
-}
-
-static inline __attribute__((always_inline)) int walk_pair(struct pv_bus *bus, uint64_t a, uint32_t a_perm, uint64_t b,
-                                                           uint64_t n, pv_pair_fn fn, void *arg, struct pv_dma *dma)
-{
-    struct section s;
-    struct pv_span at_a, at_b;
-    begin(dma);
-    if (!n)
-        return 0;
-    int result = section_open(&s, bus);
-    if (result)
-        return result;
-    for (;;) {
-        result = translate_pair(&s, a + dma->done, a_perm, &at_a, b + dma->done, &at_b, n - dma->done, dma);
-        if (result)
-            break;
-        result = fn(arg, at_a.ptr, at_b.ptr, at_a.len, dma);
-        if (result)
-            break;
-        dma->done += at_a.len;
-        if (dma->done == n)
-            break;
-        result = section_use(&s, at_a.len);
-        if (result)
-            return result;
-    }
-    section_close(&s);
-    return result;
-}
-
-struct tap {
-    pv_span_fn fn;
-    void *arg;
-};
-
-static int copy_pair(void *arg, uint8_t *dst, const uint8_t *src, uint64_t len, struct pv_dma *dma)
-{
-    const struct tap *tap = arg;
+    const struct single *tap = arg;
     (void)dma;
-    memmove(dst, src, len);
-    return tap->fn ? tap->fn(tap->arg, dst, len) : 0;
+    pv_move(at[1], at[0], len);
+    return tap->fn ? tap->fn(tap->arg, at[1], len) : 0;
 }
 
 int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
                      struct pv_dma *dma)
 {
-    struct tap tap = {fn, arg};
-    return walk_pair(bus, dst, PV_DMA_WRITE, src, n, copy_pair, &tap, dma);
+    const struct range ranges[] = {{src, PV_DMA_READ}, {dst, PV_DMA_WRITE}};
+    struct single tap = {fn, arg};
+    return walk_ranges(bus, ranges, 2, n, copy_piece, &tap, dma);
 }
 
 /* Bytes of [address, address + n) in the page of its last byte. */
@@ -196,6 +191,14 @@ static inline uint64_t tail_in_page(uint64_t address, uint64_t n)
 {
     uint64_t in_page = ((address + n - 1) & 4095) + 1;
     return min64(n, in_page);
+}
+
+/* A source and a destination, both limited to the shorter. */
+static int translate_move(struct section *s, uint64_t dst, struct pv_span *to, uint64_t src, struct pv_span *from,
+                          uint64_t n, struct pv_dma *dma)
+{
+    int result = translate(s, src, PV_DMA_READ, n, from, dma);
+    return result ? result : translate(s, dst, PV_DMA_WRITE, from->len, to, dma);
 }
 
 int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma)
@@ -213,7 +216,7 @@ int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_
         uint64_t left = n - dma->done;
         uint64_t len = min64(min64(tail_in_page(src, left), tail_in_page(dst, left)), s.left);
         uint64_t at = left - len;
-        while (!(result = translate_pair(&s, dst + at, PV_DMA_WRITE, &to, src + at, &from, len, dma)) && to.len < len) {
+        while (!(result = translate_move(&s, dst + at, &to, src + at, &from, len, dma)) && to.len < len) {
             at += to.len; /* a translation ends inside the page: what is behind it goes first */
             len -= to.len;
         }
@@ -255,14 +258,7 @@ static int fill_span(void *arg, uint8_t *ptr, uint64_t len)
     }
     uint64_t word;
     memcpy(&word, f->pattern + f->phase, 8);
-    uint64_t i = 0, block[16]; /* copied as a whole, which compilers make wide stores of */
-    for (int k = 0; k < 16; k++)
-        block[k] = word;
-    for (; i + sizeof(block) <= len; i += sizeof(block))
-        memcpy(ptr + i, block, sizeof(block));
-    for (; i + 8 <= len; i += 8)
-        memcpy(ptr + i, &word, 8);
-    memcpy(ptr + i, &word, len - i);
+    pv_fill_words(ptr, word, len);
     f->phase = (f->phase + len) % 8;
     return 0;
 }
@@ -286,67 +282,55 @@ static uint64_t first_difference(const uint8_t *a, const uint8_t *b, uint64_t n)
     return i;
 }
 
-static int compare_pair(void *arg, uint8_t *a, const uint8_t *b, uint64_t len, struct pv_dma *dma)
+static inline int compare_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
 {
     (void)arg;
-    if (!memcmp(a, b, len))
+    if (!memcmp(at[0], at[1], len))
         return 0;
-    uint64_t at = first_difference(a, b, len);
-    if (at == len) /* somebody wrote meanwhile, and they are equal now */
+    uint64_t same = first_difference(at[0], at[1], len);
+    if (same == len) /* somebody wrote meanwhile, and they are equal now */
         return 0;
-    dma->done += at;
+    dma->done += same;
     return 1;
 }
 
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma)
 {
-    return walk_pair(bus, b, PV_DMA_READ, a, n, compare_pair, NULL, dma);
+    const struct range ranges[] = {{a, PV_DMA_READ}, {b, PV_DMA_READ}};
+    return walk_ranges(bus, ranges, 2, n, compare_piece, NULL, dma);
+}
+
+struct pair {
+    pv_pair_fn fn;
+    void *arg;
+};
+
+static inline int pair_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
+{
+    const struct pair *pair = arg;
+    return pair->fn(pair->arg, at[1], at[0], len, dma);
 }
 
 int pv_bus_pair_walk(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, pv_pair_fn fn, void *arg,
                      struct pv_dma *dma)
 {
-    return walk_pair(bus, a, PV_DMA_READ, b, n, fn, arg, dma);
+    const struct range ranges[] = {{b, PV_DMA_READ}, {a, PV_DMA_READ}};
+    struct pair pair = {fn, arg};
+    return walk_ranges(bus, ranges, 2, n, pair_piece, &pair, dma);
 }
 
-#define DUALCAST_BYTES 16384 /* small enough that the second copy finds them in a cache */
-
-static void copy_twice(uint8_t *dst1, uint8_t *dst2, const uint8_t *src, uint64_t n)
+static inline int dualcast_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
 {
-    for (uint64_t at = 0; at < n; at += DUALCAST_BYTES) {
-        uint64_t len = min64(n - at, DUALCAST_BYTES);
-        memmove(dst1 + at, src + at, len);
-        memmove(dst2 + at, src + at, len);
-    }
+    (void)arg;
+    (void)dma;
+    pv_move_twice(at[1], at[2], at[0], len);
+    return 0;
 }
 
 int pv_bus_dualcast(struct pv_bus *bus, uint64_t dst1, uint64_t dst2, uint64_t src, uint64_t n, struct pv_dma *dma)
 {
-    struct section s;
-    struct pv_span from, to1, to2;
-    begin(dma);
-    if (!n)
-        return 0;
-    int result = section_open(&s, bus);
-    if (result)
-        return result;
-    for (;;) {
-        uint64_t at = dma->done;
-        result = translate_pair(&s, dst1 + at, PV_DMA_WRITE, &to1, src + at, &from, n - at, dma);
-        if (!result)
-            result = translate(&s, dst2 + at, PV_DMA_WRITE, to1.len, &to2, dma);
-        if (result)
-            break;
-        copy_twice(to1.ptr, to2.ptr, from.ptr, to2.len);
-        dma->done += to2.len;
-        if (dma->done == n)
-            break;
-        result = section_use(&s, to2.len);
-        if (result)
-            return result;
-    }
-    section_close(&s);
-    return result;
+    const struct range ranges[] = {{src, PV_DMA_READ}, {dst1, PV_DMA_WRITE}, {dst2, PV_DMA_WRITE}};
+    return walk_ranges(bus, ranges, 3, n, dualcast_piece, NULL, dma);
 }
 
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
