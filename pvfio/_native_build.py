@@ -26,6 +26,7 @@ ROOM_HEADERS = (
     "pagetable/pagetable.h",
     "silicon/bus.h",
     "silicon/iommu.h",
+    "silicon/bench.h",
     "silicon/engine.h",
     "silicon/mmio.h",
     "silicon/msix.h",
