@@ -13,6 +13,7 @@ import os
 __all__ = [
     "DeadlineExceeded",
     "DeviceFailed",
+    "DmaMappingError",
     "HypercallError",
     "IommuError",
     "PageTableError",
@@ -67,6 +68,10 @@ class VfioError(_OsError):
 
 class PageTableError(_OsError):
     """A page-table operation was refused; ``errno`` is what Linux's generic page table gives."""
+
+
+class DmaMappingError(_OsError):
+    """The DMA API refused a request; ``iova`` is the DMA address where there is one."""
 
 
 class IommuError(_OsError):

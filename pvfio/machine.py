@@ -18,6 +18,7 @@ import trio
 
 from pvfio.backends.emulated import EmulatedVfio
 from pvfio.errors import DeviceFailed
+from pvfio.guest.dma_domain import DomainKind, check_kind
 from pvfio.guest.kernel import GuestKernel
 from pvfio.guest.type1 import Type1Limits
 from pvfio.host.config import IommuConfig
@@ -83,7 +84,8 @@ class MachineConfig:
 
     ``ram``: bytes of guest RAM, a multiple of 2 MiB. ``vps``: virtual processors. ``engine``: how data
     engines run, ``"inline"`` (in the caller, deterministic) or ``"thread"``. ``seed`` decides the permutation
-    of GPA to HPA. The platform is ``iommu.platform``. Raises ``ValueError`` for values that cannot be.
+    of GPA to HPA. ``default_domain``: where devices of the guest kernel make DMA, ``"identity"``, ``"strict"`` or
+    ``"lazy"``. The platform is ``iommu.platform``. Raises ``ValueError`` for values that cannot be.
     """
 
     iommu: IommuConfig = field(default_factory=IommuConfig)
@@ -93,11 +95,13 @@ class MachineConfig:
     engine: EngineKind = "thread"
     devices: tuple[DeviceSpec, ...] = (DeviceSpec(kind="dsa"),)
     limits: Type1Limits = field(default_factory=Type1Limits)
+    default_domain: DomainKind = "identity"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.engine not in ("inline", "thread"):
             raise ValueError(f"an engine is inline or thread, not {self.engine!r}")
+        check_kind(self.default_domain)
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,11 @@ class Machine:
                 for number, (name, spec) in enumerate(specs):
                     self._plug(bus, number, name, spec)
             self.kernel = GuestKernel(
-                self.memory, self.hypervisor.hypercall, vps=config.vps, limits=config.limits
+                self.memory,
+                self.hypervisor.hypercall,
+                vps=config.vps,
+                limits=config.limits,
+                default_domain=config.default_domain,
             )
         except BaseException:
             self.hypervisor.close()

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from pvfio.backends.emulated import EmulatedVfio
     from pvfio.devices.testdev import TestDevice
+    from pvfio.guest.dma_domain import DomainKind
     from pvfio.guest.kernel import GuestKernel
     from pvfio.guest.type1 import Type1Limits
     from pvfio.host import Hypervisor, IommuConfig
@@ -75,11 +76,12 @@ async def emulated(nursery: trio.Nursery) -> AsyncIterator[MachineFactory]:
         driver: str | None = "vfio-pci",
         limits: Type1Limits | None = None,
         config: IommuConfig | None = None,
+        default_domain: DomainKind = "identity",
         **device: Any,
     ) -> EmulatedMachine:
         memory = GuestMemory(64 << 20)
         hypervisor = Hypervisor(memory, config or IommuConfig())
-        kernel = GuestKernel(memory, hypervisor.hypercall, limits=limits)
+        kernel = GuestKernel(memory, hypervisor.hypercall, limits=limits, default_domain=default_domain)
         machine = EmulatedMachine(memory, hypervisor, kernel, EmulatedVfio(kernel, memory), [], [])
         made.append(machine)
         await nursery.start(kernel.run)

@@ -1,10 +1,11 @@
 """IOMMU groups: the devices that cannot be kept apart, the domain they share, and who owns their DMA.
 
-A group starts in the default (identity) domain, where kernel drivers make DMA. A claim for userspace moves
-every device to blocking, an attach from blocking to a paging domain; everything goes back through blocking.
-The numbers are those of Linux's ``iommu_group_claim_dma_owner`` and its neighbours.
+A group starts in its default domain, where kernel drivers make DMA: identity, or a DMA domain with strict or lazy
+flushing (Linux: /sys/kernel/iommu_groups/N/type). A claim for userspace moves every device to blocking, an attach
+from blocking to a paging domain; everything goes back through blocking. The numbers are those of Linux's
+``iommu_group_claim_dma_owner`` and its neighbours.
 
-Not modelled: deferred attach, PASID ownership, default domains other than identity.
+Not modelled: deferred attach, PASID ownership.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from pvfio.errors import HypercallError, VfioError
+from pvfio.guest.dma_domain import DmaDomain, check_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pvfio.guest.dma_domain import DomainKind, Spawn
     from pvfio.guest.paging_domain import Domain
     from pvfio.guest.pci import PciDevice
     from pvfio.guest.pviommu import PvIommu
@@ -31,12 +34,25 @@ DRIVER_MANAGED_DMA = frozenset({"vfio-pci", "pci-stub"})
 
 
 class IommuGroup:
-    """One group. ``domain`` is where all its devices are, ``owner`` whoever claimed its DMA."""
+    """One group. ``domain`` is where all its devices are, ``owner`` whoever claimed its DMA.
 
-    def __init__(self, group_id: int, iommu: PvIommu, devices: Iterable[PciDevice] = ()) -> None:
+    ``kind`` says what its default domain is, ``spawn`` starts tasks of the kernel (flushes by a timer).
+    ``dma`` is what the DMA API maps in.
+    """
+
+    def __init__(
+        self,
+        group_id: int,
+        iommu: PvIommu,
+        devices: Iterable[PciDevice] = (),
+        *,
+        kind: DomainKind = "identity",
+        spawn: Spawn | None = None,
+    ) -> None:
         self.id = group_id
         self.iommu = iommu
-        self.default_domain: Domain = iommu.identity
+        self._spawn = spawn
+        self.dma = DmaDomain(iommu.memory, iommu, kind, spawn=spawn)
         self.domain: Domain = self.default_domain
         self.owner: object | None = None
         self.devices: list[PciDevice] = []
@@ -45,6 +61,47 @@ class IommuGroup:
 
     def __repr__(self) -> str:
         return f"<IOMMU group {self.id}: {', '.join(device.name for device in self.devices)}>"
+
+    @property
+    def default_domain(self) -> Domain:
+        """Where the group's devices are while a kernel driver, or nobody, has them."""
+        return self.dma.domain or self.iommu.identity
+
+    @property
+    def default_domain_kind(self) -> DomainKind:
+        """identity, strict or lazy."""
+        return self.dma.kind
+
+    def set_default_domain(self, kind: DomainKind) -> None:
+        """Changes what the default domain is; mappings of the DMA API do not outlive it.
+
+        Raises ``ValueError`` for an unknown kind, ``VfioError`` EBUSY while a driver that uses the default domain
+        is bound or the group's DMA is claimed (from strict to lazy it may be, as on Linux), and
+        ``HypercallError`` where a device cannot be moved; nothing has changed then.
+        """
+        check_kind(kind)
+        old = self.dma
+        if kind == old.kind:
+            return
+        if (old.kind, kind) == ("strict", "lazy"):
+            old.make_lazy()
+            return
+        users = self.kernel_users
+        if users or self.owner is not None:
+            who = f"{users[0].name} belongs to {users[0].driver}" if users else f"claimed by {self.owner}"
+            raise VfioError(errno.EBUSY, f"default domain of IOMMU group {self.id}", who)
+        new = DmaDomain(self.iommu.memory, self.iommu, kind, spawn=self._spawn)
+        try:
+            self._set_domain(new.domain or self.iommu.identity)
+        except BaseException:
+            new.close()
+            raise
+        self.dma = new
+        old.close()
+
+    def close(self) -> None:
+        """Frees the default domain. Raises ``IommuError`` EBUSY while a device is in it."""
+        self.dma.close()
 
     def add_device(self, device: PciDevice) -> None:
         """Takes a probed device in, and attaches it to the group's domain.

@@ -21,6 +21,7 @@ import trio
 from pvfio.abi import lib
 from pvfio.abi.hyperv import logical_id_prefix
 from pvfio.errors import HypercallError, IommuError, VfioError
+from pvfio.guest.dma_domain import check_kind
 from pvfio.guest.iommu_group import IommuGroup
 from pvfio.guest.logical_id import LogicalIdRegistry
 from pvfio.guest.pci import PciDevice, VpciChannel, enumerate_bus
@@ -33,6 +34,8 @@ from pvfio.guest.vfio_group import GroupFile, VfioGroup
 from pvfio.guest.vfio_pci import DeviceFile, VfioPciDevice
 
 if TYPE_CHECKING:
+    from pvfio.guest.dma_api import DmaDebugHook
+    from pvfio.guest.dma_domain import DomainKind
     from pvfio.memory import GuestMemory
 
 __all__ = ["GuestKernel", "VfioNamespace"]
@@ -46,14 +49,23 @@ class GuestKernel:
     """The kernel of one guest. Booted when it is made; ``close`` undoes everything.
 
     ``entry`` is the hypercall entry point, ``vps`` the number of virtual processors, ``limits`` what type1
-    allows. ``iommu`` is None where none was found. ``devices`` are the PCI functions, ``groups`` the IOMMU
-    groups by number, ``vfio`` the files a process can open.
+    allows, ``default_domain`` what new groups begin in, ``dma_debug`` who watches the DMA API. ``iommu`` is None
+    where none was found. ``devices`` are the PCI functions, ``groups`` the IOMMU groups by number, ``vfio`` the
+    files a process can open.
     """
 
     def __init__(
-        self, memory: GuestMemory, entry: HypercallEntry, *, vps: int = 2, limits: Type1Limits | None = None
+        self,
+        memory: GuestMemory,
+        entry: HypercallEntry,
+        *,
+        vps: int = 2,
+        limits: Type1Limits | None = None,
+        default_domain: DomainKind = "identity",
     ) -> None:
         self.memory = memory
+        self.default_domain = check_kind(default_domain)
+        self.dma_debug: DmaDebugHook | None = None
         self.limits = limits or Type1Limits()
         self.transport = HypercallTransport(memory, entry, vps)
         try:
@@ -132,6 +144,7 @@ class GuestKernel:
                 self.vfio.remove(device)
                 self._leave(group, device)
                 if not group.devices:
+                    group.close()
                     del self.groups[group.id]
             self.devices.remove(device)
         if self._buses.pop(channel.segment, None) is not None:
@@ -196,6 +209,7 @@ class GuestKernel:
             _log.warning("%s: %s", device.name, error)
             if device.iommu_group is group:
                 group.devices.remove(device)
+                group.domain.devices.discard(device.name)
                 device.iommu_group = None
 
     def _group(self, device: PciDevice, shared: IommuGroup | None) -> IommuGroup | None:
@@ -211,7 +225,7 @@ class GuestKernel:
         if shared is not None:
             shared.add_device(device)
             return shared
-        group = IommuGroup(self._next_group, self.iommu, [device])
+        group = IommuGroup(self._next_group, self.iommu, [device], kind=self.default_domain, spawn=self.spawn)
         self.groups[group.id] = group
         self._next_group += 1
         return group
