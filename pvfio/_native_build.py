@@ -34,6 +34,7 @@ ROOM_HEADERS = (
     "vfio/wait.h",
     "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",
+    "devices/rogue.h",
     "workloads/bench_loops.h",
 )
 CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)

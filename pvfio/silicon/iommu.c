@@ -13,10 +13,10 @@ void pv_iommu_log(struct requester *r, struct pv_fault *fault)
     fault->device_id = r->device_id;
     fault->domain = atomic_load_explicit(&r->domain_id, memory_order_relaxed);
     pthread_mutex_lock(&iommu->fault_lock);
-    if (iommu->fault_count == FAULT_ROOM) {
+    if (iommu->fault_count == PV_FAULT_ROOM) {
         iommu->faults_lost++;
     } else {
-        iommu->fault[(iommu->fault_first + iommu->fault_count++) % FAULT_ROOM] = *fault;
+        iommu->fault[(iommu->fault_first + iommu->fault_count++) % PV_FAULT_ROOM] = *fault;
         eventfd_write(iommu->fault_fd, 1);
     }
     pthread_mutex_unlock(&iommu->fault_lock);
@@ -68,7 +68,7 @@ uint32_t pv_iommu_faults(struct pv_iommu *iommu, struct pv_fault *out, uint32_t 
     pthread_mutex_lock(&iommu->fault_lock);
     while (count < max && iommu->fault_count) {
         out[count++] = iommu->fault[iommu->fault_first];
-        iommu->fault_first = (iommu->fault_first + 1) % FAULT_ROOM;
+        iommu->fault_first = (iommu->fault_first + 1) % PV_FAULT_ROOM;
         iommu->fault_count--;
     }
     if (!iommu->fault_count)

@@ -32,6 +32,8 @@
 #define PV_FAULT_INTERRUPT_RANGE 8 /* not a 4-byte write, into the interrupt window */
 #define PV_FAULT_INTERRUPT 9       /* an interrupt message nothing accepts */
 
+#define PV_FAULT_ROOM 512 /* faults the log holds */
+
 #define PV_MSI_START 0xfee00000
 #define PV_MSI_END 0xfeefffff
 

@@ -195,12 +195,16 @@ class Iommu:
         return Requester(self, device_id)
 
     def faults(self) -> list[Fault]:
-        """Takes what was logged since the last call, oldest first; ``lost_faults`` counts what found no room."""
+        """Takes what was logged since the last call, oldest first; ``lost_faults`` counts what found no room.
+
+        At most what the log has room for: a device may fault faster than anybody reads.
+        """
         taken: list[Fault] = []
         lost = ffi.new("uint64_t *")
-        while True:
+        for _ in range(lib.PV_FAULT_ROOM // len(self._raw_faults)):
             count = lib.pv_iommu_faults(self.ptr, self._raw_faults, len(self._raw_faults), lost)
             taken += [_fault(self._raw_faults[i]) for i in range(count)]
+            self.lost_faults = lost[0]
             if count < len(self._raw_faults):
-                self.lost_faults = lost[0]
-                return taken
+                break
+        return taken

@@ -12,7 +12,6 @@
 #include "tlb.h"
 #include "walker.h"
 
-#define FAULT_ROOM 512
 #define MAX_DOMAIN_TAGS 65536
 
 struct requester;
@@ -34,7 +33,7 @@ struct pv_iommu {
     uint64_t *tags;       /* a bit per domain tag in use */
 
     pthread_mutex_t fault_lock;
-    struct pv_fault fault[FAULT_ROOM];
+    struct pv_fault fault[PV_FAULT_ROOM];
     uint32_t fault_first, fault_count;
     uint64_t faults_lost;
     int fault_fd;
