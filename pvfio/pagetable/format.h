@@ -40,6 +40,7 @@
 #define PT_VTDSS_SNP (1ull << 11)
 
 #define PT_AMDV1_PR (1ull << 0)
+#define PT_AMDV1_A (1ull << 5)
 #define PT_AMDV1_D (1ull << 6)
 #define PT_AMDV1_NEXT_SHIFT 9
 #define PT_AMDV1_NEXT_SIZE 7 /* the next-level value that says: size coded in the address */
@@ -73,6 +74,17 @@ static inline unsigned pt_index(unsigned level, uint64_t iova)
 static inline bool pt_present(int format, uint64_t entry)
 {
     return (entry & (format == PT_VTDSS ? PT_VTDSS_R | PT_VTDSS_W : 1ull)) != 0;
+}
+
+/* The bits of a leaf that walkers set (Intel SDM volume 3, 4.8; VT-d 4.1 3.7.2; AMD IOMMU 2.2.3). */
+static inline uint64_t pt_accessed_bit(int format)
+{
+    return format == PT_X86_64 ? PT_X86_A : format == PT_VTDSS ? PT_VTDSS_A : PT_AMDV1_A;
+}
+
+static inline uint64_t pt_dirty_bit(int format)
+{
+    return format == PT_X86_64 ? PT_X86_D : format == PT_VTDSS ? PT_VTDSS_D : PT_AMDV1_D;
 }
 
 /* amdv1 with next level 7: a zero after k low ones is a page of 2^(13 + k) bytes. */

@@ -55,10 +55,16 @@ static void put_on_list(struct pt_table *table, struct pt_node *node)
     table->tables--;
 }
 
-void pt_detach(struct pt_table *table, struct pt_node *parent, unsigned index)
+void pt_node_free(struct pt_table *table, struct pt_node *node)
+{
+    table->tables--;
+    node_free(table, node);
+}
+
+void pt_detach(struct pt_table *table, struct pt_node *parent, unsigned index, uint64_t entry)
 {
     struct pt_node *node = parent->child[index];
-    pt_store(parent, index, 0);
+    pt_store(parent, index, entry);
     parent->child[index] = NULL;
     parent->children--;
     put_on_list(table, node);
@@ -161,10 +167,8 @@ static int put_above(struct pt_table *table, unsigned level)
     while (top->level < level) {
         struct pt_node *node = pt_node_new(table, top->level + 1u);
         if (node == NULL) {
-            while (count > 0) {
-                node_free(table, made[--count]);
-                table->tables--;
-            }
+            while (count > 0)
+                pt_node_free(table, made[--count]);
             return -ENOMEM;
         }
         node->child[0] = top;
@@ -197,7 +201,7 @@ static int grow(struct pt_table *table, uint64_t iova, uint64_t phys, uint64_t s
     return 0;
 }
 
-static int check_range(const struct pt_table *table, uint64_t iova, uint64_t size)
+int pt_check_range(const struct pt_table *table, uint64_t iova, uint64_t size)
 {
     uint64_t smallest = table->pgsize_bitmap & -table->pgsize_bitmap;
     if (size == 0)
@@ -211,7 +215,7 @@ static int check_range(const struct pt_table *table, uint64_t iova, uint64_t siz
 
 int pt_map_range(struct pt_table *table, uint64_t iova, uint64_t phys, uint64_t size, uint32_t perm)
 {
-    int error = check_range(table, iova, size);
+    int error = pt_check_range(table, iova, size);
     uint64_t smallest = table->pgsize_bitmap & -table->pgsize_bitmap;
     if (error == -EINVAL || error == -EOVERFLOW)
         return error;
@@ -235,7 +239,7 @@ int pt_map_range(struct pt_table *table, uint64_t iova, uint64_t phys, uint64_t 
 int pt_unmap_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *unmapped)
 {
     *unmapped = 0;
-    int error = check_range(table, iova, size);
+    int error = pt_check_range(table, iova, size);
     if (error != 0)
         return error;
     uint64_t last = iova + (size - 1), covered = pt_last_of(table->root->level, 0);
@@ -244,13 +248,13 @@ int pt_unmap_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_
     last = last < covered ? last : covered;
     switch (table->config.format) {
     case PT_X86_64:
-        *unmapped = pt_unmap(PT_X86_64, table, iova, last);
+        *unmapped = pt_unmap(PT_X86_64, table, iova, last, NULL);
         break;
     case PT_VTDSS:
-        *unmapped = pt_unmap(PT_VTDSS, table, iova, last);
+        *unmapped = pt_unmap(PT_VTDSS, table, iova, last, NULL);
         break;
     default:
-        *unmapped = pt_unmap(PT_AMDV1, table, iova, last);
+        *unmapped = pt_unmap(PT_AMDV1, table, iova, last, NULL);
     }
     return 0;
 }

@@ -10,7 +10,11 @@
  * So a table is known to be empty without looking at 512 entries, and what software follows cannot be bent by a
  * device that scribbles over guest memory.
  *
- * Not modelled: changing a leaf's permission in place, splitting a large leaf, dirty tracking.
+ * vtdss and amdv1 leaves are born clean: walkers set their accessed and dirty bits (silicon/walker.c), and the owner reads
+ * and clears them here, while walkers run. x86_64 leaves are born with both set, as a pvIOMMU guest writes them, so they
+ * say nothing.
+ *
+ * Not modelled: changing a leaf's permission in place, accessed bits of entries that point to tables.
  */
 #ifndef PVFIO_PAGETABLE_H
 #define PVFIO_PAGETABLE_H
@@ -78,6 +82,35 @@ int pt_map_range(struct pt_table *table, uint64_t iova, uint64_t phys, uint64_t 
  * in the range goes whole; when the range begins inside a leaf nothing is unmapped. */
 int pt_unmap_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *unmapped);
 uint64_t pt_release_detached(struct pt_table *table);
+
+/*
+ * Dirty and accessed pages: `bitmap` has a bit for each 4 KiB page of the range, bit 0 of word 0 the first; bits are added,
+ * none removed. A large leaf that is dirty sets the bits of all its pages in the range. Unless PT_PEEK is given the
+ * leaf is made clean; one that is only partly in the range stays dirty, so that nothing is lost. *leaves says how many
+ * entries had the bit: after a call that cleared some, the owner flushes the IOMMU, for a cached translation sets no
+ * bits. -EOPNOTSUPP: x86_64. -EINVAL (size 0, unknown flags), -EOVERFLOW, -ENXIO, -ERANGE as above.
+ */
+#define PT_PEEK 1
+int pt_read_clear_dirty(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *bitmap, uint32_t flags,
+                        uint64_t *leaves);
+int pt_read_clear_accessed(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *bitmap, uint32_t flags,
+                           uint64_t *leaves);
+/* pt_unmap_range, each entry by exchange, its dirty bit noted as above (of the pages in the range). -EOPNOTSUPP: x86_64. */
+int pt_unmap_range_dirty(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *unmapped, uint64_t *bitmap);
+
+/*
+ * Leaves that meet the range are replaced by 4 KiB leaves to the same memory, with the same permissions and accessed
+ * and dirty bits; at no moment does a walker find anything else. 0, -ENOMEM (what was split stays so), -EINVAL also
+ * where the table has no 4 KiB pages, -EOVERFLOW, -ENXIO, -ERANGE. The owner flushes afterwards: the IOMMU may
+ * hold the large pages.
+ */
+int pt_split_range(struct pt_table *table, uint64_t iova, uint64_t size);
+/*
+ * The way back: tables of the range that are full of leaves in a row, with the same permissions, become the leaf they
+ * amount to (2 MiB, then 1 GiB; not amdv1's sizes between). It is accessed or dirty where one of them was; what a
+ * walker marks during the call may be lost. *merged counts. The emptied tables wait for pt_release_detached.
+ */
+int pt_merge_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *merged);
 
 /* PT_NONE where nothing is mapped. */
 uint64_t pt_iova_to_phys(const struct pt_table *table, uint64_t iova);

@@ -41,6 +41,13 @@ struct pt_table {
     struct pt_config config;
 };
 
+/* Where dirty pages are noted: a bit per 4 KiB page of [first, last]. */
+struct pt_marks {
+    uint64_t *bitmap;
+    uint64_t first;
+    uint64_t last;
+};
+
 /* Leaves of one size that lie side by side in one table. */
 struct pt_run {
     uint64_t bytes;
@@ -52,7 +59,13 @@ struct pt_run {
 };
 
 struct pt_node *pt_node_new(struct pt_table *table, unsigned level);
-void pt_detach(struct pt_table *table, struct pt_node *parent, unsigned index);
+/* Frees a node that no walker has seen. */
+void pt_node_free(struct pt_table *table, struct pt_node *node);
+/* Puts `entry` in the place of a child table, which waits for pt_release_detached. */
+void pt_detach(struct pt_table *table, struct pt_node *parent, unsigned index, uint64_t entry);
+int pt_check_range(const struct pt_table *table, uint64_t iova, uint64_t size);
+/* Notes the pages of the leaf around `iova` that lie in the range. */
+void pt_mark_leaf(const struct pt_marks *marks, uint64_t iova, unsigned size_lg2);
 
 PT_INLINE uint64_t pt_load(const struct pt_node *node, unsigned index)
 {
@@ -73,6 +86,13 @@ PT_INLINE bool pt_empty(const struct pt_node *node)
 PT_INLINE uint64_t pt_last_of(unsigned level, uint64_t iova)
 {
     return level >= PT_MAX_LEVELS ? UINT64_MAX : iova | ((1ull << pt_item_lg2(level + 1)) - 1);
+}
+
+/* The first address of an entry, from any address in its table. */
+PT_INLINE uint64_t pt_item_iova(unsigned level, uint64_t iova, unsigned index)
+{
+    uint64_t first = level >= PT_MAX_LEVELS ? 0 : iova >> pt_item_lg2(level + 1) << pt_item_lg2(level + 1);
+    return first | (uint64_t)index << pt_item_lg2(level);
 }
 
 PT_INLINE unsigned pt_best_lg2(uint64_t sizes, uint64_t iova, uint64_t phys, uint64_t size)
@@ -178,7 +198,7 @@ static inline void pt_prune(struct pt_table *table, struct pt_node *node, uint64
         if (child != NULL) {
             pt_prune(table, child, iova, child_last < last ? child_last : last);
             if (pt_empty(child))
-                pt_detach(table, node, i);
+                pt_detach(table, node, i, 0);
         }
         iova = child_last + 1;
     }
@@ -231,13 +251,29 @@ PT_INLINE unsigned pt_coded_lg2(uint64_t entry, unsigned level)
 }
 
 /*
+ * Clears an entry. Where nobody asks for its dirty bit a store will do: a walker changes an entry only by
+ * compare-and-swap from the value it read, which cannot succeed once the entry is 0. With `marks` it is an exchange:
+ * what a walker set until then is seen, and it sets nothing afterwards.
+ */
+PT_INLINE void pt_take(int format, struct pt_node *node, unsigned index, uint64_t iova, const struct pt_marks *marks)
+{
+    if (marks == NULL) {
+        pt_store(node, index, 0);
+        return;
+    }
+    uint64_t entry = atomic_exchange(&node->entries[index], 0);
+    if (entry & pt_dirty_bit(format)) {
+        unsigned size_lg2 = pt_decode(format, entry, node->level).size_lg2;
+        pt_mark_leaf(marks, pt_item_iova(node->level, iova, index), size_lg2);
+    }
+}
+
+/*
  * Clears the leaves of one table from iova on, as far as `end`, to the next child table, or to a leaf that began
- * before iova (*stop). Returns the index it came to. The store needs no exchange: a walker changes an entry only by
- * compare-and-swap from the value it read, which cannot succeed once the entry is 0, and no bit it could have set in
- * between is asked for.
+ * before iova (*stop). Returns the index it came to.
  */
 PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, unsigned end, uint64_t *unmapped,
-                            bool *stop)
+                            bool *stop, const struct pt_marks *marks)
 {
     unsigned level = node->level, item = pt_item_lg2(level), i = pt_index(level, iova), cleared = 0;
     bool has_children = level > 1 && node->children != 0;
@@ -254,9 +290,9 @@ PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, uns
             unsigned copies = 1u << (pt_coded_lg2(entry, level) - item);
             *stop = (i & (copies - 1)) != 0;
             for (unsigned n = 0; n < copies && !*stop; n++, cleared++)
-                pt_store(node, i++, 0);
+                pt_take(format, node, i++, iova, marks);
         } else {
-            pt_store(node, i++, 0);
+            pt_take(format, node, i++, iova, marks);
             cleared++;
         }
     }
@@ -265,8 +301,9 @@ PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, uns
     return i;
 }
 
-/* One pass over [iova, last]; last is inside what the root covers. */
-PT_INLINE uint64_t pt_unmap(int format, struct pt_table *table, uint64_t iova, uint64_t last)
+/* One pass over [iova, last]; last is inside what the root covers. marks may be NULL. */
+PT_INLINE uint64_t pt_unmap(int format, struct pt_table *table, uint64_t iova, uint64_t last,
+                            const struct pt_marks *marks)
 {
     struct pt_node *path[PT_MAX_LEVELS + 1];
     uint64_t unmapped = 0;
@@ -284,10 +321,10 @@ PT_INLINE uint64_t pt_unmap(int format, struct pt_table *table, uint64_t iova, u
         uint64_t node_last = pt_last_of(level, iova);
         bool final = node_last >= last;
         unsigned end = final ? pt_index(level, last) : PT_ENTRIES - 1;
-        unsigned index = pt_clear(format, node, iova, end, &unmapped, &stop);
+        unsigned index = pt_clear(format, node, iova, end, &unmapped, &stop, marks);
         while (node != table->root && pt_empty(node)) {
             struct pt_node *parent = path[node->level + 1];
-            pt_detach(table, parent, pt_index(parent->level, iova));
+            pt_detach(table, parent, pt_index(parent->level, iova), 0);
             node = parent;
         }
         if (index > end) {

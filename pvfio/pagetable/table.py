@@ -1,7 +1,8 @@
 """A page table and its entries: the Python face of pagetable.h.
 
-Models what software does to a table: map, unmap, look up, walk. Does not model permission changes in place,
-splitting of large pages or dirty tracking, and takes no locks: one task at a time changes a table.
+Models what software does to a table: map, unmap, look up, walk, read and clear what walkers mark, split large pages
+and merge small ones. Does not model permission changes in place, and takes no locks: one task at a time changes a
+table.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pvfio.abi import ffi, lib
 from pvfio.errors import PageTableError
-from pvfio.memory import GuestMemory
+from pvfio.memory import PAGE_SIZE, GuestMemory
 
 _NONE: int = lib.PT_NONE
 _ROOT: int = ~0xFFF
@@ -71,6 +75,7 @@ _REASONS = {
     errno.ERANGE: "beyond the input or output address width",
     errno.EADDRINUSE: "overlaps a mapping",
     errno.ENOMEM: "no memory for a table page",
+    errno.EOPNOTSUPP: "x86_64 leaves are born accessed and dirty",
 }
 
 
@@ -177,6 +182,59 @@ class PageTable:
             raise PageTableError(-error, "unmap", _REASONS.get(-error, ""), iova=iova, length=size)
         return int(self._unmapped[0])
 
+    def unmap_range_dirty(self, iova: int, size: int) -> tuple[int, NDArray[np.bool_]]:
+        """As ``unmap_range``, entry by entry by exchange; and which pages were dirty, as ``read_clear_dirty``.
+
+        No mark of a walker falls between the two. Errors as both.
+        """
+        bitmap = _Bitmap(size)
+        self._ranged("unmap", lib.pt_unmap_range_dirty, iova, size, self._unmapped, bitmap.words)
+        return int(self._unmapped[0]), bitmap.pages()
+
+    def read_clear_dirty(self, iova: int, size: int, *, clear: bool = True) -> NDArray[np.bool_]:
+        """Which 4 KiB pages of the range walkers have marked dirty: shape ``(size / 4096,)``.
+
+        Their leaves are clean afterwards (not with ``clear=False``), right beside walkers that mark meanwhile; then
+        flush the IOMMU, for a cached translation marks nothing. A large leaf is dirty as a whole, and stays dirty
+        where only a part of it is in the range. ``PageTableError``: EINVAL (size 0), EOVERFLOW, ENXIO, ERANGE;
+        EOPNOTSUPP for x86_64. ``MemoryError`` where the range has more pages than a bitmap can.
+        """
+        return self._read_clear("read dirty", lib.pt_read_clear_dirty, iova, size, clear)
+
+    def read_clear_accessed(self, iova: int, size: int, *, clear: bool = True) -> NDArray[np.bool_]:
+        """As ``read_clear_dirty``, for pages that were read or written."""
+        return self._read_clear("read accessed", lib.pt_read_clear_accessed, iova, size, clear)
+
+    def _read_clear(self, operation: str, call: Any, iova: int, size: int, clear: bool) -> NDArray[np.bool_]:
+        bitmap = _Bitmap(size)
+        self._ranged(operation, call, iova, size, bitmap.words, 0 if clear else lib.PT_PEEK, self._unmapped)
+        return bitmap.pages()
+
+    def split_range(self, iova: int, size: int) -> None:
+        """Replaces the large pages that meet the range by 4 KiB pages, under walkers; translations stay the same.
+
+        Flush the IOMMU afterwards: it may hold the large ones. ``PageTableError``: EINVAL (size 0, or a table
+        without 4 KiB pages), EOVERFLOW, ENXIO, ERANGE; ENOMEM, and what was split until then stays so.
+        """
+        self._ranged("split", lib.pt_split_range, iova, size)
+
+    def merge_range(self, iova: int, size: int) -> int:
+        """Replaces whole tables of pages in a row by one page of 2 MiB or 1 GiB each, and returns how many.
+
+        Marks that walkers set meanwhile may be lost. Flush, then ``release_detached``. ``PageTableError``: EINVAL
+        (size 0), EOVERFLOW, ENXIO, ERANGE.
+        """
+        self._ranged("merge", lib.pt_merge_range, iova, size, self._unmapped)
+        return int(self._unmapped[0])
+
+    def _ranged(self, operation: str, call: Any, iova: int, size: int, *rest: Any) -> None:
+        try:
+            error = call(self._table, iova, size, *rest)
+        except OverflowError:
+            error = -errno.EOVERFLOW
+        if error:
+            raise PageTableError(-error, operation, _REASONS.get(-error, ""), iova=iova, length=size)
+
     def release_detached(self) -> int:
         """Hands the table pages that unmaps have emptied back to memory, oldest first; how many.
 
@@ -222,6 +280,21 @@ class PageTable:
         """Hands every table page back; idempotent. Nothing may walk the table any more."""
         self._table = None
         self._destroy()
+
+
+class _Bitmap:
+    """A bit per 4 KiB page of ``size`` bytes, as C fills it."""
+
+    def __init__(self, size: int) -> None:
+        self._pages = max(size, 0) // PAGE_SIZE
+        if self._pages >= 1 << 40:
+            raise MemoryError(f"a bitmap of {self._pages} pages")
+        self._bits = np.zeros(-(-self._pages // 64), np.uint64)
+        self.words = ffi.from_buffer("uint64_t[]", self._bits, require_writable=True)
+
+    def pages(self) -> NDArray[np.bool_]:
+        """One element per page."""
+        return np.unpackbits(self._bits.view(np.uint8), count=self._pages, bitorder="little").view(np.bool_)
 
 
 def _destroy(table: Any, _memory: Any) -> None:
