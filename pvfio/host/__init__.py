@@ -1,6 +1,7 @@
-"""The hypervisor: hypercalls, device domains, stage 2, vPCI, interrupt delivery, the fault log."""
+"""The hypervisor: hypercalls, device domains, stage 2, vPCI, interrupt delivery, the fault log, the dirty log."""
 
 from pvfio.host.config import IommuConfig, Platform
+from pvfio.host.dirty import DirtyLog
 from pvfio.host.faults import Fault, FaultLog
 from pvfio.host.hypercalls import PARTITION_ID
 from pvfio.host.hypervisor import Hypervisor
@@ -9,6 +10,7 @@ from pvfio.host.vpci import BarInfo, VpciBus, VpciFunction
 __all__ = [
     "PARTITION_ID",
     "BarInfo",
+    "DirtyLog",
     "Fault",
     "FaultLog",
     "Hypervisor",

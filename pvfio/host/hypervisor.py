@@ -1,7 +1,7 @@
 """The hypervisor: one guest partition, its IOMMU, its stage 2, its vPCI buses.
 
 Wires the rooms of the host together; what each models is said there. Not modelled: scheduling of virtual
-processors, other partitions, live migration.
+processors, other partitions, the transport of a live migration (``dirty`` is what it reads).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import uuid
 import trio
 
 from pvfio.host.config import IommuConfig
+from pvfio.host.dirty import DirtyLog
 from pvfio.host.domains import DeviceDomains
 from pvfio.host.faults import FaultLog
 from pvfio.host.hypercalls import Hypercalls
@@ -27,7 +28,8 @@ class Hypervisor:
 
     Built ready to answer: stage 2 maps all RAM. Raises ``ValueError`` for no VP at all and ``MemoryError``
     when host-private memory has no room for the tables. ``hypercall(vp, control, input_gpa, output_gpa)``
-    is the one door for the guest, see ``Hypercalls.hypercall``; ``inject`` is ``Hypercalls.inject``.
+    is the one door for the guest, see ``Hypercalls.hypercall``; ``inject`` is ``Hypercalls.inject``; ``faults`` is the
+    fault log and ``dirty`` the record of the pages that DMA wrote.
     """
 
     def __init__(self, memory: GuestMemory, config: IommuConfig | None = None, *, vps: int = 2) -> None:
@@ -38,6 +40,7 @@ class Hypervisor:
         self.vps = vps
         self.stage2 = build_stage2(memory, self.config)
         self.iommu = Iommu(memory, int(self.stage2.format), self.stage2.root, self.stage2.levels)
+        self.dirty = DirtyLog(memory, self.stage2, self.iommu)
         self.domains = DeviceDomains(memory, self.iommu, self.config)
         self._calls = Hypercalls(memory, self.config, self.domains, vps=vps)
         self.hypercall = self._calls.hypercall
@@ -66,4 +69,5 @@ class Hypervisor:
             bus.close()
         self.buses.clear()
         self.domains.close()
+        self.dirty.stop()
         self.stage2.destroy()

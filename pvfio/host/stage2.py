@@ -1,7 +1,7 @@
 """The host's second stage: every 2 MiB block of guest RAM, GPA to HPA, in tables in host-private memory.
 
-vtdss on Intel, amdv1 on AMD. Built once at start, never changed: not modelled are demand paging, dirty
-logging and a guest whose memory moves.
+vtdss on Intel, amdv1 on AMD. Built once at start; only the dirty log changes the size of its leaves (``dirty.py``).
+Not modelled: demand paging, and a guest whose memory moves.
 """
 
 from __future__ import annotations

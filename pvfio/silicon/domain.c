@@ -97,6 +97,20 @@ static void invalidate(struct pv_domain *domain, uint64_t first, uint64_t last)
     pthread_mutex_unlock(&domain->iommu->lock);
 }
 
+/* All are told before one is waited for: their sections end meanwhile. */
+void pv_iommu_invalidate_stage2(struct pv_iommu *iommu)
+{
+    pthread_mutex_lock(&iommu->lock);
+    for (struct requester *r = iommu->first; r; r = r->next_of_all) {
+        atomic_fetch_add(&r->tlb.sequence, 1);
+        atomic_fetch_add_explicit(&r->tlb.invalidations, 1, memory_order_relaxed);
+        tlb_clear(&r->tlb);
+    }
+    for (struct requester *r = iommu->first; r; r = r->next_of_all)
+        pv_section_wait(&r->section);
+    pthread_mutex_unlock(&iommu->lock);
+}
+
 void pv_iommu_invalidate_domain(struct pv_domain *domain)
 {
     invalidate(domain, 0, UINT64_MAX);

@@ -8,8 +8,11 @@
  * honest: it forgets only what it is told to forget (or has no room for). Invalidation returns only when no
  * section of a requester on that domain that could have seen the old translation is open.
  *
+ * The walker sets accessed and dirty bits in stage 2. The IOTLB lets no write pass to a page whose stage-2 leaf was clean
+ * when it was cached; so after the host has cleared dirty bits it invalidates stage 2, and every later write marks again.
+ *
  * Not modelled: PASIDs, page requests (PRI), posted interrupts, interrupt remapping tables (a message is matched
- * against what the host registered), accessed and dirty bits in stage 2.
+ * against what the host registered).
  */
 #ifndef PVFIO_IOMMU_H
 #define PVFIO_IOMMU_H
@@ -93,7 +96,10 @@ void pv_iommu_invalidate_domain(struct pv_domain *domain);
 /* Pages [page << 12, (page << 12) + (4096 << shift)), page rounded down to that size. */
 void pv_iommu_invalidate_pages(struct pv_domain *domain, uint64_t page, uint32_t shift);
 
-/* Translates without side effects (no IOTLB, no log). 0 and *hpa, or -EFAULT and *fault. steps may be NULL. */
+/* Every translation of every domain: stage 2 has changed. When it returns none from before is in use. */
+void pv_iommu_invalidate_stage2(struct pv_iommu *iommu);
+
+/* Translates without side effects (no IOTLB, no log, no marks). 0 and *hpa, or -EFAULT and *fault. steps may be NULL. */
 int pv_requester_walk(struct pv_bus *requester, uint64_t iova, uint32_t perm, uint64_t *hpa, struct pv_fault *fault,
                       struct pv_walk_step *steps, uint32_t max_steps, uint32_t *nsteps);
 

@@ -194,6 +194,10 @@ class Iommu:
         """The bus master for a device."""
         return Requester(self, device_id)
 
+    def invalidate_stage2(self) -> None:
+        """Forgets every translation of every domain; returns when no DMA uses one from before. For changes of stage 2."""
+        lib.pv_iommu_invalidate_stage2(self.ptr)
+
     def faults(self) -> list[Fault]:
         """Takes what was logged since the last call, oldest first; ``lost_faults`` counts what found no room.
 

@@ -31,6 +31,7 @@ struct pv_iommu {
     struct walk_host host;
     pthread_mutex_t lock; /* domains and who is attached; held while an invalidation waits for sections */
     uint64_t *tags;       /* a bit per domain tag in use */
+    struct requester *first; /* all requesters */
 
     pthread_mutex_t fault_lock;
     struct pv_fault fault[PV_FAULT_ROOM];
@@ -46,6 +47,7 @@ struct requester {
     _Atomic(struct pv_domain *) domain;
     _Atomic uint32_t domain_id; /* for the fault log, which must not follow the pointer outside a section */
     struct requester *next; /* of the same domain */
+    struct requester *next_of_all;
     _Atomic uint64_t section;
     uint64_t sequence;      /* of the IOTLB, as the open section read it */
     struct tlb tlb;

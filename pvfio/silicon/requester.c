@@ -108,6 +108,12 @@ static void requester_destroy(struct pv_bus *bus)
 {
     struct requester *r = (struct requester *)bus;
     pv_requester_attach(bus, NULL);
+    pthread_mutex_lock(&r->iommu->lock);
+    struct requester **at = &r->iommu->first;
+    while (*at != r)
+        at = &(*at)->next_of_all;
+    *at = r->next_of_all;
+    pthread_mutex_unlock(&r->iommu->lock);
     for (uint32_t i = 0; i < MAX_MSI_DATA; i++)
         if (r->msi_fd[i] >= 0)
             close(r->msi_fd[i]);
@@ -137,6 +143,10 @@ struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id)
     r->device_id = device_id;
     r->msi_fd = fds;
     pthread_mutex_init(&r->msi_lock, NULL);
+    pthread_mutex_lock(&iommu->lock);
+    r->next_of_all = iommu->first;
+    iommu->first = r;
+    pthread_mutex_unlock(&iommu->lock);
     return &r->bus;
 }
 

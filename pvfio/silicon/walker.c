@@ -2,14 +2,20 @@
  * The hardware page walker (see walker.h): stage 1 in guest RAM, every table page of it reached through stage 2.
  *
  * Permissions of all levels and both stages are ANDed (Intel SDM 3A 4.6, VT-d 4.1 3.8, AMD IOMMU 2.2.3). Entries are read
- * once, as 64-bit atomics.
+ * as 64-bit atomics, once unless they change under the walker.
  *
- * Not modelled: accessed and dirty updates in stage 2, paging-structure caches.
+ * The stage-2 leaf of a translation is marked by compare-and-swap, accessed always and dirty for a write, before the
+ * translation is used (VT-d 4.1 3.7.2, AMD IOMMU 2.2.3). A translation of a clean leaf grants no writing, so a cached one
+ * sends the first write here.
+ *
+ * Not modelled: accessed bits in entries that point to tables, updates of stage 1 (the guest writes its leaves marked),
+ * paging-structure caches.
  */
 #include "walker.h"
 
 #include <errno.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 
 #include "../pagetable/format.h"
 
@@ -17,6 +23,7 @@ struct walk {
     const struct walk_host *host;
     struct pv_fault *fault;
     struct walk_recorder *recorder;
+    bool mark;
 };
 
 static int abort_walk(struct walk *w, unsigned stage, unsigned level, unsigned reason)
@@ -43,9 +50,26 @@ static void record(struct walk *w, unsigned stage, unsigned depth, unsigned leve
                                                  .output = e->present ? e->addr : 0};
 }
 
-static inline uint64_t read_entry(const uint8_t *table, unsigned index)
+static inline _Atomic uint64_t *entry_at(uint8_t *table, unsigned index)
 {
-    return atomic_load_explicit((const _Atomic uint64_t *)(const void *)(table + 8 * index), memory_order_acquire);
+    return (_Atomic uint64_t *)(void *)(table + 8 * index);
+}
+
+static inline uint64_t read_entry(uint8_t *table, unsigned index)
+{
+    return atomic_load_explicit(entry_at(table, index), memory_order_acquire);
+}
+
+/* Marks a stage-2 leaf as used. False: it is not what was read any more. */
+static inline bool mark_leaf(int format, _Atomic uint64_t *at, uint64_t *entry, uint32_t perm)
+{
+    uint64_t marks = pt_accessed_bit(format) | (perm & PT_WRITE ? pt_dirty_bit(format) : 0);
+    if (!(marks & ~*entry))
+        return true;
+    if (!atomic_compare_exchange_strong(at, entry, *entry | marks))
+        return false;
+    *entry |= marks;
+    return true;
 }
 
 /* Bits of an address that a table of this many levels can translate. */
@@ -74,7 +98,7 @@ static int walk_stage2(struct walk *w, unsigned depth, uint64_t gpa, uint32_t pe
         return abort_walk(w, 2, 0, PV_FAULT_ADDRESS_WIDTH);
     }
     for (;;) {
-        const uint8_t *page = pv_space_ptr(host->space, table, PV_PAGE_SIZE);
+        uint8_t *page = pv_space_ptr(host->space, table, PV_PAGE_SIZE);
         unsigned index = pt_index(level, gpa);
         if (!page) {
             w->fault->gpa = gpa;
@@ -83,23 +107,27 @@ static int walk_stage2(struct walk *w, unsigned depth, uint64_t gpa, uint32_t pe
         uint64_t entry = read_entry(page, index);
         struct pt_entry e = pt_decode(host->format, entry, level);
         record(w, 2, depth, level, table, index, entry, &e);
+        uint32_t here = allowed & e.perm;
         unsigned reason = 0;
         if (!e.present)
             reason = PV_FAULT_NOT_PRESENT;
         else if (e.reserved)
             reason = PV_FAULT_RESERVED;
-        else if ((allowed &= e.perm, perm & ~allowed))
+        else if (perm & ~here)
             reason = PV_FAULT_PERMISSION;
         if (reason) {
             w->fault->gpa = gpa;
             return abort_walk(w, 2, level, reason);
         }
         if (e.leaf) {
+            if (w->mark && !mark_leaf(host->format, entry_at(page, index), &entry, perm))
+                continue; /* read it again */
             *hpa = e.addr + (gpa & ((1ull << e.size_lg2) - 1));
             *lg2 = e.size_lg2;
-            *granted = allowed;
+            *granted = entry & pt_dirty_bit(host->format) ? here : here & ~(uint32_t)PT_WRITE;
             return 0;
         }
+        allowed = here;
         table = e.addr;
         level = e.next_level;
     }
@@ -120,7 +148,7 @@ static int walk_stage1(struct walk *w, const struct walk_context *context, uint6
         uint32_t table_granted;
         if (walk_stage2(w, 1, table, PT_READ, &hpa, &table_lg2, &table_granted))
             return -EFAULT;
-        const uint8_t *page = pv_space_ptr(w->host->space, hpa, PV_PAGE_SIZE);
+        uint8_t *page = pv_space_ptr(w->host->space, hpa, PV_PAGE_SIZE);
         if (!page) {
             w->fault->gpa = table;
             return abort_walk(w, 1, level, PV_FAULT_TABLE);
@@ -150,7 +178,7 @@ static int walk_stage1(struct walk *w, const struct walk_context *context, uint6
 int pv_walk(const struct walk_host *host, const struct walk_context *context, uint64_t iova, uint32_t perm,
             struct walk_result *result, struct pv_fault *fault, struct walk_recorder *recorder)
 {
-    struct walk w = {host, fault, recorder};
+    struct walk w = {host, fault, recorder, recorder == NULL};
     uint64_t gpa = iova;
     unsigned lg2 = 63, lg2_stage2;
     uint32_t perm1 = PT_READ | PT_WRITE, perm2;

@@ -25,7 +25,7 @@ struct walk_result {
     uint64_t hpa;
     uint8_t *ptr;
     unsigned lg2; /* the page around the IOVA that is contiguous in both stages */
-    uint32_t perm;
+    uint32_t perm; /* what may be cached: no writing while the stage-2 leaf is clean */
 };
 
 struct walk_recorder {
@@ -33,7 +33,10 @@ struct walk_recorder {
     uint32_t max, count;
 };
 
-/* 0, or -EFAULT with fault's gpa, stage, level and reason filled in. recorder may be NULL. */
+/*
+ * 0, or -EFAULT with fault's gpa, stage, level and reason filled in. Without a recorder it is a device's walk and marks
+ * stage 2 accessed and dirty; with one it only looks.
+ */
 int pv_walk(const struct walk_host *host, const struct walk_context *context, uint64_t iova, uint32_t perm,
             struct walk_result *result, struct pv_fault *fault, struct walk_recorder *recorder);
 
