@@ -243,20 +243,56 @@ static int64_t find_extent(const struct pv_memory *m, uint64_t vaddr, uint64_t s
     return into < e->size && size <= e->size - into ? slot : -EFAULT;
 }
 
-int64_t pv_memory_pin(struct pv_memory *m, uint64_t vaddr, uint64_t size)
+/* The runs of [vaddr, vaddr + size), which the extent holds: how many, the first `max` of them stored. */
+static uint64_t extent_runs(const struct extent *e, uint64_t vaddr, uint64_t size, struct pv_run *runs, uint64_t max)
+{
+    uint64_t count = 0, offset = vaddr - e->vaddr, end = offset + size, last = 0;
+    if (!e->pages) {
+        if (max)
+            runs[0] = (struct pv_run){e->gpa + offset, size};
+        return 1;
+    }
+    while (offset < end) {
+        uint64_t gpa = e->pages[offset >> PV_PAGE_SHIFT] + offset % PV_PAGE_SIZE;
+        uint64_t n = PV_PAGE_SIZE - offset % PV_PAGE_SIZE;
+        n = n < end - offset ? n : end - offset;
+        if (count && last == gpa) {
+            if (count <= max)
+                runs[count - 1].size += n;
+        } else {
+            if (count < max)
+                runs[count] = (struct pv_run){gpa, n};
+            count++;
+        }
+        last = gpa + n;
+        offset += n;
+    }
+    return count;
+}
+
+int64_t pv_memory_pin_runs(struct pv_memory *m, uint64_t vaddr, uint64_t size, struct pv_run *runs, uint64_t max,
+                           uint64_t *count)
 {
     pthread_mutex_lock(&m->lock);
     int64_t slot = find_extent(m, vaddr, size);
     if (slot >= 0) {
-        if (m->extents[slot].held || m->extents[slot].pins) {
-            m->extents[slot].pins++;
+        struct extent *e = &m->extents[slot];
+        if (e->held || e->pins) {
+            e->pins++;
             m->pins++;
+            if (count)
+                *count = extent_runs(e, vaddr, size, runs, max);
         } else {
             slot = -EFAULT;
         }
     }
     pthread_mutex_unlock(&m->lock);
     return slot;
+}
+
+int64_t pv_memory_pin(struct pv_memory *m, uint64_t vaddr, uint64_t size)
+{
+    return pv_memory_pin_runs(m, vaddr, size, NULL, 0, NULL);
 }
 
 int pv_memory_unpin(struct pv_memory *m, int64_t slot)
@@ -276,34 +312,10 @@ int pv_memory_unpin(struct pv_memory *m, int64_t slot)
 
 int64_t pv_memory_runs(struct pv_memory *m, uint64_t vaddr, uint64_t size, struct pv_run *runs, uint64_t max)
 {
-    int64_t count = 0;
     pthread_mutex_lock(&m->lock);
-    int64_t slot = find_extent(m, vaddr, size);
-    if (slot < 0) {
-        count = slot;
-    } else if (!m->extents[slot].pages) {
-        if (max)
-            runs[0] = (struct pv_run){m->extents[slot].gpa + (vaddr - m->extents[slot].vaddr), size};
-        count = 1;
-    } else {
-        const struct extent *e = &m->extents[slot];
-        uint64_t offset = vaddr - e->vaddr, end = offset + size, last = 0;
-        while (offset < end) {
-            uint64_t gpa = e->pages[offset >> PV_PAGE_SHIFT] + offset % PV_PAGE_SIZE;
-            uint64_t n = PV_PAGE_SIZE - offset % PV_PAGE_SIZE;
-            n = n < end - offset ? n : end - offset;
-            if (count && last == gpa) {
-                if ((uint64_t)count <= max)
-                    runs[count - 1].size += n;
-            } else {
-                if ((uint64_t)count < max)
-                    runs[count] = (struct pv_run){gpa, n};
-                count++;
-            }
-            last = gpa + n;
-            offset += n;
-        }
-    }
+    int64_t count = find_extent(m, vaddr, size);
+    if (count >= 0)
+        count = (int64_t)extent_runs(&m->extents[count], vaddr, size, runs, max);
     pthread_mutex_unlock(&m->lock);
     return count;
 }

@@ -69,6 +69,9 @@ void *pv_space_at(const struct pv_space *space, uint64_t addr, uint64_t size);
 int64_t pv_memory_alloc(struct pv_memory *memory, uint64_t size, uint64_t align, uint32_t flags, uint64_t *vaddr);
 void pv_memory_release(struct pv_memory *memory, int64_t extent);
 int64_t pv_memory_pin(struct pv_memory *memory, uint64_t vaddr, uint64_t size);
+/* Pins, and *count (may be NULL) runs as pv_memory_runs gives them, the first `max` of them stored: in one step. */
+int64_t pv_memory_pin_runs(struct pv_memory *memory, uint64_t vaddr, uint64_t size, struct pv_run *runs, uint64_t max,
+                           uint64_t *count);
 int pv_memory_unpin(struct pv_memory *memory, int64_t extent);
 int64_t pv_memory_runs(struct pv_memory *memory, uint64_t vaddr, uint64_t size, struct pv_run *runs, uint64_t max);
 
