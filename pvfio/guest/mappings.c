@@ -46,19 +46,21 @@ struct inner {
 _Static_assert(sizeof(struct leaf) == NODE_BYTES, "a leaf is one node");
 _Static_assert(sizeof(struct inner) == NODE_BYTES, "an inner node is one node");
 
+/* From the root to a place in a leaf. */
+struct path {
+    struct leaf *leaf; /* NULL: none */
+    uint64_t low, high; /* what the separators send to this leaf, both included */
+    uint32_t pos;
+    uint32_t index[MAX_HEIGHT];
+    struct inner *node[MAX_HEIGHT];
+};
+
 struct pv_mappings {
     void *root; /* NULL while empty */
     uint32_t height; /* inner levels above the leaves */
     uint64_t count;
+    struct path near; /* to the last leaf looked at: the next call is likely to be about its neighbourhood */
     struct node_pool pool;
-};
-
-/* From the root to a place in a leaf. */
-struct path {
-    struct inner *node[MAX_HEIGHT];
-    uint32_t index[MAX_HEIGHT];
-    struct leaf *leaf;
-    uint32_t pos;
 };
 
 /* Search. */
@@ -99,10 +101,11 @@ static inline uint32_t leaf_find(const struct leaf *leaf, uint64_t iova)
     return (uint32_t)(base - leaf->e) + (base->iova <= iova);
 }
 
-/* pos: how many entries of the leaf begin at or below iova. The tree is not empty. */
+/* The tree is not empty. */
 static void descend(const struct pv_mappings *m, uint64_t iova, struct path *path)
 {
     void *node = m->root;
+    uint64_t low = 0, high = UINT64_MAX;
     for (uint32_t level = 0; level < m->height; level++) {
         struct inner *inner = node;
         uint32_t i = inner_find(inner, iova);
@@ -110,9 +113,28 @@ static void descend(const struct pv_mappings *m, uint64_t iova, struct path *pat
         path->index[level] = i;
         node = inner->child[i];
         prefetch(node);
+        low = i ? inner->key[i] : low;
+        high = i + 1 < inner->count ? inner->key[i + 1] - 1 : high;
     }
     path->leaf = node;
+    path->low = low;
+    path->high = high;
+}
+
+/* The path to iova's leaf, kept in the index until a node comes or goes. pos: how many entries of the leaf begin at or
+ * below iova. The tree is not empty. */
+static struct path *locate(struct pv_mappings *m, uint64_t iova)
+{
+    struct path *path = &m->near;
+    if (!path->leaf || iova < path->low || iova > path->high)
+        descend(m, iova, path);
     path->pos = leaf_find(path->leaf, iova);
+    return path;
+}
+
+static void forget_path(struct pv_mappings *m)
+{
+    m->near.leaf = NULL;
 }
 
 /* The leaf after (step 1) or before (step -1) the path's, with the path on its first or last entry; or NULL at the edge. */
@@ -168,30 +190,29 @@ static inline void entry_out(const struct entry *entry, struct pv_mapping *out)
     out->reserved = 0;
 }
 
-int pv_mappings_find(const struct pv_mappings *m, uint64_t iova, struct pv_mapping *out)
+int pv_mappings_find(struct pv_mappings *m, uint64_t iova, struct pv_mapping *out)
 {
     if (!m->root)
         return 0;
-    struct path path;
-    descend(m, iova, &path);
-    const struct entry *entry = entry_before(m, &path);
+    const struct entry *entry = entry_before(m, locate(m, iova));
     if (!entry || entry->last < iova)
         return 0;
     entry_out(entry, out);
     return 1;
 }
 
-uint64_t pv_mappings_range(const struct pv_mappings *m, uint64_t start, uint64_t last, struct pv_mapping *out,
-                           uint64_t max)
+uint64_t pv_mappings_range(struct pv_mappings *m, uint64_t start, uint64_t last, struct pv_mapping *out, uint64_t max)
 {
     uint64_t n = 0;
     if (!m->root || last < start || !max)
         return 0;
-    struct path path;
-    descend(m, start, &path);
-    const struct entry *before = entry_before(m, &path);
+    const struct path *near = locate(m, start);
+    const struct entry *before = entry_before(m, near);
     if (before && before->last >= start)
         entry_out(before, &out[n++]);
+    if (n == max || (near->pos < near->leaf->count && near->leaf->e[near->pos].iova > last))
+        return n;
+    struct path path = *near;
     while (n < max) {
         if (path.pos == path.leaf->count && !sibling(m, &path, 1))
             break;
@@ -322,20 +343,21 @@ int pv_mappings_insert(struct pv_mappings *m, uint64_t iova, uint64_t size, uint
         m->root = leaf;
         m->height = 0;
         m->count = 1;
+        forget_path(m);
         return 0;
     }
-    struct path path;
-    descend(m, iova, &path);
-    const struct entry *before = entry_before(m, &path);
-    const struct entry *after = entry_after(m, &path);
+    struct path *path = locate(m, iova);
+    const struct entry *before = entry_before(m, path);
+    const struct entry *after = entry_after(m, path);
     if ((before && before->last >= iova) || (after && after->iova <= entry.last))
         return -EEXIST;
-    if (path.leaf->count < LEAF_MAX) {
-        leaf_put(path.leaf, path.pos, &entry);
+    if (path->leaf->count < LEAF_MAX) {
+        leaf_put(path->leaf, path->pos, &entry);
     } else {
-        if (m->height == MAX_HEIGHT || !node_pool_reserve(&m->pool, nodes_needed(m, &path)))
+        if (m->height == MAX_HEIGHT || !node_pool_reserve(&m->pool, nodes_needed(m, path)))
             return -ENOMEM;
-        leaf_split_put(m, &path, &entry);
+        leaf_split_put(m, path, &entry);
+        forget_path(m);
     }
     m->count++;
     return 0;
@@ -400,6 +422,9 @@ static bool inner_balance(struct inner *left, struct inner *right, uint64_t *key
 static void rebalance(struct pv_mappings *m, struct path *path)
 {
     bool small = path->leaf->count < LEAF_MIN;
+    if (!small || !m->height)
+        return;
+    forget_path(m);
     for (uint32_t level = m->height; small && level > 0; level--) {
         struct inner *parent = path->node[level - 1];
         uint32_t left = path->index[level - 1];
@@ -427,19 +452,31 @@ int pv_mappings_remove(struct pv_mappings *m, uint64_t iova, struct pv_mapping *
 {
     if (!m->root)
         return 0;
-    struct path path;
-    descend(m, iova, &path);
-    if (!path.pos || path.leaf->e[path.pos - 1].iova != iova)
+    struct path *path = locate(m, iova);
+    if (!path->pos || path->leaf->e[path->pos - 1].iova != iova)
         return 0;
-    struct leaf *leaf = path.leaf;
+    struct leaf *leaf = path->leaf;
+    uint32_t at = path->pos - 1;
     if (out)
-        entry_out(&leaf->e[path.pos - 1], out);
+        entry_out(&leaf->e[at], out);
     leaf->count--;
-    memmove(&leaf->e[path.pos - 1], &leaf->e[path.pos], (leaf->count - (path.pos - 1)) * sizeof(leaf->e[0]));
+    memmove(&leaf->e[at], &leaf->e[at + 1], (leaf->count - at) * sizeof(leaf->e[0]));
     if (!--m->count)
         pv_mappings_clear(m);
     else
-        rebalance(m, &path);
+        rebalance(m, path);
+    return 1;
+}
+
+int pv_mappings_set_flags(struct pv_mappings *m, uint64_t iova, uint32_t flags)
+{
+    if (!m->root || flags > 0xff)
+        return 0;
+    struct path *path = locate(m, iova);
+    if (!path->pos || path->leaf->e[path->pos - 1].iova != iova)
+        return 0;
+    uint64_t *word = &path->leaf->e[path->pos - 1].word;
+    *word = (uint64_t)flags << COOKIE_BITS | (*word & COOKIE_MASK);
     return 1;
 }
 
@@ -459,6 +496,7 @@ void pv_mappings_clear(struct pv_mappings *m)
     m->root = NULL;
     m->height = 0;
     m->count = 0;
+    forget_path(m);
 }
 
 void pv_mappings_destroy(struct pv_mappings *m)
@@ -503,6 +541,7 @@ int pv_mappings_check(const struct pv_mappings *m)
     uint64_t count = 0;
     uint64_t previous = 0;
     descend(m, 0, &path);
+    path.pos = 0;
     do {
         uint64_t low = 0;
         uint64_t high = UINT64_MAX;

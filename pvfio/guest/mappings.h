@@ -3,7 +3,8 @@
  *
  * An entry is {iova, size, vaddr, flags, cookie}; entries never overlap. All ends are inclusive inside, so a mapping may
  * end at the top of the 64-bit space. Every operation is O(log n) with one node per level to touch; nothing recurses, and a
- * failed insert changes nothing. Memory comes in chunks that grow with the index and go back when it becomes empty.
+ * failed insert changes nothing. The way to the last leaf is kept: what follows in its neighbourhood needs no descent.
+ * Memory comes in chunks that grow with the index and go back when it becomes empty.
  *
  * Not modelled: locking (the container's owner serialises), coalescing of neighbours, splitting of entries.
  */
@@ -36,12 +37,14 @@ void pv_mappings_clear(struct pv_mappings *mappings);
 int pv_mappings_insert(struct pv_mappings *mappings, uint64_t iova, uint64_t size, uint64_t vaddr, uint32_t flags,
                        uint64_t cookie);
 /* The entry that contains iova. 1 and *out, or 0. */
-int pv_mappings_find(const struct pv_mappings *mappings, uint64_t iova, struct pv_mapping *out);
+int pv_mappings_find(struct pv_mappings *mappings, uint64_t iova, struct pv_mapping *out);
 /* The entries that overlap [start, last], in order, at most max of them. How many were stored. */
-uint64_t pv_mappings_range(const struct pv_mappings *mappings, uint64_t start, uint64_t last, struct pv_mapping *out,
+uint64_t pv_mappings_range(struct pv_mappings *mappings, uint64_t start, uint64_t last, struct pv_mapping *out,
                            uint64_t max);
 /* Takes out the entry that begins at iova. 1 and *out (may be NULL), or 0. */
 int pv_mappings_remove(struct pv_mappings *mappings, uint64_t iova, struct pv_mapping *out);
+/* Replaces the flags of the entry that begins at iova. 1, or 0: there is none, or the flags are too wide. */
+int pv_mappings_set_flags(struct pv_mappings *mappings, uint64_t iova, uint32_t flags);
 /* Walks the whole tree and checks its invariants: 0, or a number that says which one is broken. */
 int pv_mappings_check(const struct pv_mappings *mappings);
 /* cffi: end */
