@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import Any
 
 __all__ = [
     "DeadlineExceeded",
@@ -18,6 +19,7 @@ __all__ = [
     "IommuError",
     "PageTableError",
     "PvfioError",
+    "VfioBatchError",
     "VfioError",
 ]
 
@@ -64,6 +66,25 @@ class _OsError(PvfioError, OSError):
 
 class VfioError(_OsError):
     """A VFIO request failed; ``errno`` is what Linux gives for the same mistake."""
+
+
+class VfioBatchError(VfioError):
+    """An element of a batch was refused: its ``index``, and the ``cause`` it alone would have raised.
+
+    ``unmapped``: of a batch of unmaps, the bytes of each element before it (those are done); else None.
+    """
+
+    def __init__(self, cause: VfioError, index: int, unmapped: Any = None) -> None:
+        super().__init__(
+            cause.errno or 0,
+            cause.operation,
+            f"element {index}: {cause.reason or os.strerror(cause.errno or 0)}",
+            iova=cause.iova,
+            length=cause.length,
+        )
+        self.cause = cause
+        self.index = index
+        self.unmapped = unmapped
 
 
 class PageTableError(_OsError):

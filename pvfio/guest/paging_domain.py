@@ -167,6 +167,10 @@ class PagingDomain(Domain):
             gather.start, gather.last = (1 << _ADDRESS_BITS) - 1, 0
             self._flush(start, last)
 
+    def flush_range(self, start: int, last: int) -> None:
+        """Flushes bytes ``start`` to ``last`` (inclusive), whose entries somebody else has cleared in the table."""
+        self._flush(start, last)
+
     def flush_all(self) -> None:
         """Drops every cached translation. Raises ``HypercallError`` where the host refuses."""
         self.iommu.transport.flush_device_domain(self.id)

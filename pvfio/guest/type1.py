@@ -17,11 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pvfio.abi import ffi, lib
-from pvfio.errors import HypercallError, PageTableError, VfioError
+from pvfio.errors import HypercallError, PageTableError, VfioBatchError, VfioError
 from pvfio.guest.mapping_index import Mapping, MappingIndex
 from pvfio.guest.type1_dirty import write_bitmap
 from pvfio.guest.type1_domains import Type1Domains
+from pvfio.guest.type1_errors import map_refusal, no_64_bits, unmap_refusal
 from pvfio.guest.type1_ioctl import type1_ioctl
 from pvfio.guest.type1_iova import IovaRange
 
@@ -31,25 +35,29 @@ if TYPE_CHECKING:
     from pvfio.guest.pviommu import PvIommu
     from pvfio.memory import GuestMemory
 
-__all__ = ["LockedMemory", "Type1", "Type1Limits"]
+__all__ = ["LockedMemory", "Type1", "Type1Limits", "Words"]
 
 _log = logging.getLogger("pvfio.guest.type1")
 
-_READ: int = lib.VFIO_DMA_MAP_FLAG_READ
-_WRITE: int = lib.VFIO_DMA_MAP_FLAG_WRITE
+_MAP_DMA: int = lib.VFIO_IOMMU_MAP_DMA
+_UNMAP_DMA: int = lib.VFIO_IOMMU_UNMAP_DMA
 _UNMAP_ALL: int = lib.VFIO_DMA_UNMAP_FLAG_ALL
 _UNMAP_DIRTY: int = lib.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
+_NO_LIMIT: int = lib.PV_TYPE1_NO_LIMIT
+_BAD_REQUEST: int = lib.PV_TYPE1_BAD_REQUEST
 _TOP = (1 << 64) - 1
 _SPACE = 1 << 64
-_RUNS = 64
 
-_pin = lib.pv_memory_pin
-_unpin = lib.pv_memory_unpin
-_runs = lib.pv_memory_runs
-_insert = lib.pv_mappings_insert
-_remove = lib.pv_mappings_remove
-_NULL = ffi.NULL
-_range = lib.pv_mappings_range
+_map_request = lib.pv_type1_map_request
+_map = lib.pv_type1_map
+_unmap_request = lib.pv_type1_unmap_request
+_unmap = lib.pv_type1_unmap
+_unmap_all = lib.pv_type1_unmap_all
+_finish_request = lib.pv_type1_finish_request
+_finish = lib.pv_type1_unmap_finish
+
+Words = npt.NDArray[np.uint64]
+"""Shape (n,), contiguous: addresses or bytes."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,22 @@ class Type1Limits:
             raise ValueError("limits are not negative")
 
 
-@dataclass
 class LockedMemory:
-    """A process's account of pinned memory, in bytes; its containers may share one."""
+    """A process's account of pinned memory, in bytes; its containers may share one. ``limit``: None for no limit."""
 
-    limit: int | None = None
-    locked: int = 0
+    def __init__(self, limit: int | None = None) -> None:
+        self.ptr: Any = ffi.new("struct pv_locked *", {"limit": _NO_LIMIT if limit is None else limit})
+
+    @property
+    def limit(self) -> int | None:
+        """The most that may be locked."""
+        limit: int = self.ptr.limit
+        return None if limit == _NO_LIMIT else limit
+
+    @property
+    def locked(self) -> int:
+        """What is locked now."""
+        return int(self.ptr.locked)
 
 
 class Type1:
@@ -92,24 +110,27 @@ class Type1:
         limits = limits or Type1Limits()
         self.v2 = v2
         self.account = account or LockedMemory(limits.memlock)
-        self.dma_avail = limits.dma_entry_limit
         self.dirty_tracking = False
         self._memory = memory
-        self._memory_ptr = memory.ptr
         self._index = MappingIndex()
-        self._index_ptr = self._index.ptr
         self._carriers = Type1Domains(iommu)
-        # What the checks of a mapping look at, copied from there after every change.
+        state = ffi.new("struct pv_type1 *")
+        state.memory = memory.ptr
+        state.mappings = self._index.ptr
+        state.account = self.account.ptr
+        state.dma_avail = min(limits.dma_entry_limit, _TOP)
+        state.v2 = v2
+        self._state: Any = ffi.gc(state, lib.pv_type1_drop_scratch)
+        # What the checks of a mapping look at, copied from the domains after every change.
         self.pgsize_bitmap: int
         self.iova_ranges: tuple[IovaRange, ...]
         self._page_mask: int
         self._domains: tuple[PagingDomain, ...]
         self._refresh()
         self._unflushed = False
-        self._run_buffer: Any = ffi.new("struct pv_run[]", _RUNS)
-        self._first_run = self._run_buffer[0]
-        self._found: Any = ffi.new("struct pv_mapping[2]")
-        self._first_found = self._found[0]
+        self._shown: Any = ffi.new("int *")
+        self._done: Any = ffi.new("uint64_t *")
+        self._refused: Any = ffi.new("uint64_t *")
 
     def ioctl(self, request: int, arg: Any) -> int:
         """A request of <linux/vfio.h> on the container, for the IOMMU.
@@ -117,6 +138,27 @@ class Type1:
         ``arg`` is a cffi pointer to the request's structure, which is updated, or for VFIO_CHECK_EXTENSION a number.
         Raises ``VfioError``: ENOTTY for an unknown request, EFAULT for an ``arg`` that is no pointer.
         """
+        # The two that some drivers make for every I/O go straight to C; whatever is unusual takes the long way.
+        if request == _MAP_DMA:
+            try:
+                error = _map_request(self._state, arg, self._shown)
+            except TypeError:
+                return type1_ioctl(self, request, arg)
+            if not error:
+                return 0
+            if self._state.reason != _BAD_REQUEST:
+                raise self._map_failed(error, arg.iova, arg.size)
+            return type1_ioctl(self, request, arg)
+        if request == _UNMAP_DMA and not self._unflushed:
+            try:
+                done = _unmap_request(self._state, arg)
+            except TypeError:
+                done = -1
+            if done >= 0:
+                if done:
+                    self._flush()
+                _finish_request(self._state, arg, done)
+                return 0
         return type1_ioctl(self, request, arg)
 
     def map(self, iova: int, vaddr: int, size: int, flags: int) -> None:
@@ -125,52 +167,44 @@ class Type1:
         ``flags``: VFIO_DMA_MAP_FLAG_READ, _WRITE, from the device's view. Raises ``VfioError``: EINVAL, EOVERFLOW,
         EEXIST, ENOSPC, then EFAULT (memory that cannot be pinned), ENOMEM (memlock, page tables).
         """
-        bits = iova | vaddr | size
-        if (
-            bits & self._page_mask
-            or bits < 0
-            or not size
-            or iova + size > _SPACE
-            or vaddr + size > _SPACE
-            or not 0 < flags < 4
-            or not self.dma_avail
-        ):
-            raise self._refusal(iova, vaddr, size, flags)
-        last = iova + size - 1
-        for start, end in self.iova_ranges:
-            if start <= iova and last <= end:
-                break
-        else:
-            raise self._refusal(iova, vaddr, size, flags)
-        extent = _pin(self._memory_ptr, vaddr, size)
-        if extent < 0:
-            raise self._late_refusal(errno.EFAULT, "vaddr is not pinnable memory", iova, size)
-        account = self.account
-        if account.limit is not None and account.locked + size > account.limit:
-            _unpin(self._memory_ptr, extent)
-            raise self._late_refusal(errno.ENOMEM, "RLIMIT_MEMLOCK exceeded", iova, size)
-        error = _insert(self._index_ptr, iova, size, vaddr, flags, extent)
-        if error:
-            _unpin(self._memory_ptr, extent)
-            raise self._late_refusal(-error, "", iova, size)
-        self.dma_avail -= 1
-        account.locked += size
         try:
-            if _runs(self._memory_ptr, vaddr, size, self._run_buffer, 1) == 1:
-                gpa = self._first_run.gpa
-                for domain in self._domains:
-                    domain.map(iova, gpa, size, flags)
-            else:
-                runs = self._runs_of(vaddr, size)
-                for domain in self._domains:
-                    domain.map_runs(iova, runs, flags)
-        except BaseException as failure:
-            self._drop([(iova, size, extent)])
-            if isinstance(failure, PageTableError):
-                raise VfioError(
-                    failure.errno or errno.EIO, "map_dma", failure.reason, iova=iova, length=size
-                ) from failure
-            raise
+            error = _map(self._state, iova, vaddr, size, flags, self._shown)
+        except OverflowError:
+            raise no_64_bits("map_dma", iova, size, vaddr, flags) from None
+        if error:
+            raise self._map_failed(error, iova, size)
+
+    def map_batch(self, iovas: Words, vaddrs: Words, sizes: Words, flags: int) -> None:
+        """As ``map`` for each element of three contiguous arrays of one length, in order; all or none is mapped.
+
+        Raises ``VfioBatchError`` with what ``map`` raises for the element ``index``; what was mapped before it is
+        unmapped again with one flush. Until then devices have been able to use it.
+        """
+        n = len(iovas)
+        arrays = [ffi.from_buffer("uint64_t[]", array) for array in (iovas, vaddrs, sizes)]
+        error = lib.pv_type1_map_batch(
+            self._state, n, *arrays, flags & 0xFFFF_FFFF, self._done, self._refused
+        )
+        if not error:
+            return
+        index, done = self._refused[0], self._done[0]
+        refusal = map_refusal(self._state, -error, int(iovas[index]), int(sizes[index]))
+        if done:
+            self._unmap_arrays(iovas[:done], sizes[:done])
+        raise VfioBatchError(refusal, index)
+
+    def unmap_batch(self, iovas: Words, sizes: Words) -> Words:
+        """As ``unmap`` without flags for each element of two contiguous arrays, in order, with one flush per domain.
+
+        Returns the bytes of each. Raises ``VfioBatchError`` for the first element that is refused: those before it are
+        unmapped, those after it are not.
+        """
+        unmapped, error = self._unmap_arrays(iovas, sizes)
+        if error:
+            index = len(unmapped)
+            refusal = unmap_refusal(self._state, -error, int(iovas[index]), int(sizes[index]))
+            raise VfioBatchError(refusal, index, unmapped)
+        return unmapped
 
     def unmap(self, iova: int, size: int, flags: int = 0, bitmap: tuple[int, int] | None = None) -> int:
         """Unmaps the mappings in [iova, iova + size) and returns their bytes, 0 where there is none.
@@ -180,41 +214,24 @@ class Type1:
         EINVAL where a mapping would be split; version 1 returns 0 where the range begins inside a mapping, and
         takes one that it ends in whole. Raises ``VfioError``: EINVAL, EOVERFLOW, EFAULT (bitmap).
         """
-        if not flags and self.v2 and not self._unflushed:
-            # The usual case, one mapping exactly; everything else takes the long way.
-            found = self._first_found
-            if (
-                not (iova | size) & self._page_mask
-                and 0 <= iova
-                and 0 < size <= _SPACE - iova
-                and _range(self._index_ptr, iova, iova + size - 1, self._found, 2) == 1
-                and found.iova == iova
-                and found.size == size
-            ):
-                extent = found.cookie
-                self._unflushed = True
-                for domain in self._domains:
-                    domain.unmap(iova, size)
-                self._unflushed = False
-                _remove(self._index_ptr, iova, _NULL)
-                _unpin(self._memory_ptr, extent)
-                self.account.locked -= size
-                self.dma_avail += 1
-                return size
-        last = self._check_unmap(iova, size, flags, bitmap)
-        mappings = list(self._index.range(iova, last))
-        if not mappings:
-            return 0
-        if not flags & _UNMAP_ALL and not self._whole(mappings, iova, last):
-            return 0
-        if bitmap is not None:
-            try:
-                ranges = [(mapping.iova, mapping.size) for mapping in mappings]
-                write_bitmap(bitmap[0], iova, bitmap[1].bit_length() - 1, ranges)
-            except OSError as error:
-                raise VfioError(error.errno or errno.EFAULT, "unmap_dma", "bitmap", iova=iova) from error
-        self._drop([(mapping.iova, mapping.size, mapping.cookie) for mapping in mappings])
-        return sum(mapping.size for mapping in mappings)
+        if flags or bitmap is not None:
+            last = self._check_unmap(iova, size, flags, bitmap)
+            if bitmap is not None:
+                self._report_dirty("unmap_dma", iova, size, bitmap)
+        else:
+            last = iova + size - 1
+        if self._unflushed:
+            self._flush_everything()
+        try:
+            done = _unmap_all(self._state) if flags & _UNMAP_ALL else _unmap(self._state, iova, size)
+        except OverflowError:
+            raise no_64_bits("unmap_dma", iova, size) from None
+        if done < 0:
+            raise unmap_refusal(self._state, -done, iova, size)
+        if done:
+            self._flush()
+            _finish(self._state, iova, last)
+        return int(done)
 
     def find(self, iova: int) -> Mapping | None:
         """The mapping that contains a byte; ``flags`` are its permissions."""
@@ -226,6 +243,16 @@ class Type1:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def dma_avail(self) -> int:
+        """How many more mappings there may be."""
+        return int(self._state.dma_avail)
+
+    @property
+    def index_bytes(self) -> int:
+        """What the index of the mappings takes."""
+        return self._index.nbytes
 
     @property
     def domains(self) -> tuple[PagingDomain, ...]:
@@ -253,17 +280,7 @@ class Type1:
         ):
             reason = "page size, range or alignment, or no tracking"
             raise VfioError(errno.EINVAL, operation, reason, iova=iova, length=size)
-        last = iova + size - 1
-        mappings = list(self._index.range(iova, last))
-        if mappings and (mappings[0].iova < iova or mappings[-1].last > last):
-            raise VfioError(errno.EINVAL, operation, "the range splits a mapping", iova=iova, length=size)
-        try:
-            ranges = [(mapping.iova, mapping.size) for mapping in mappings]
-            write_bitmap(address, iova, pgsize.bit_length() - 1, ranges)
-        except OSError as error:
-            raise VfioError(
-                error.errno or errno.EFAULT, operation, "bitmap", iova=iova, length=size
-            ) from error
+        self._report_dirty(operation, iova, size, (address, pgsize))
 
     def attach_group(self, group: IommuGroup) -> None:
         """Gives the container's mappings to a group's devices, and claims the group where nobody has.
@@ -273,7 +290,7 @@ class Type1:
         EPERM (not viable), ENOMEM, or what the host's refusal means.
         """
         try:
-            self._carriers.attach(group, self._index, self._runs_of)
+            self._carriers.attach(group, self._index, self._replay)
         finally:
             self._refresh()
 
@@ -300,35 +317,12 @@ class Type1:
                 _log.warning("group %d: not detached: %s", group.id, error)
         self._drop_all()
 
-    def _refusal(self, iova: int, vaddr: int, size: int, flags: int) -> VfioError:
-        """The first of the checks before pinning that a request to map fails."""
-
-        def refused(number: int, reason: str) -> VfioError:
-            return VfioError(number, "map_dma", reason, iova=iova, length=size)
-
-        if flags & ~(_READ | _WRITE):
-            return refused(errno.EINVAL, f"unknown flags {flags:#x}")
-        if size <= 0 or iova < 0 or vaddr < 0:
-            return refused(errno.EINVAL, "size is 0, or an address negative")
-        if iova + size > _SPACE or vaddr + size > _SPACE:
-            return refused(errno.EOVERFLOW, "iova or vaddr wraps")
-        if not flags:
-            return refused(errno.EINVAL, "neither read nor write")
-        if (iova | vaddr | size) & self._page_mask:
-            return refused(errno.EINVAL, "iova, vaddr or size is not page-aligned")
-        overlapped = self._index.first(iova, iova + size - 1)
-        if overlapped is not None:
-            return refused(errno.EEXIST, f"overlaps the mapping at {overlapped.iova:#x}")
-        if not self.dma_avail:
-            return refused(errno.ENOSPC, "no DMA entry is left")
-        return refused(errno.EINVAL, "outside the aperture or in a reserved range")
-
-    def _late_refusal(self, number: int, reason: str, iova: int, size: int) -> VfioError:
-        """A failure from pinning on; an overlap, which the index finds only later, comes first all the same."""
-        overlapped = self._index.first(iova, iova + size - 1)
-        if overlapped is not None:
-            number, reason = errno.EEXIST, f"overlaps the mapping at {overlapped.iova:#x}"
-        return VfioError(number, "map_dma", reason, iova=iova, length=size)
+    def _map_failed(self, error: int, iova: int, size: int) -> VfioError:
+        """What to raise for a negative errno of a map; undoes what devices may have seen of it."""
+        refusal = map_refusal(self._state, -error, iova, size)
+        if self._shown[0]:
+            self.unmap(iova, size)
+        return refusal
 
     def _check_unmap(self, iova: int, size: int, flags: int, bitmap: tuple[int, int] | None) -> int:
         """Checks a request to unmap and returns the last IOVA of its range."""
@@ -354,65 +348,73 @@ class Type1:
             raise refused(errno.EINVAL, "no dirty tracking, or not the smallest page size")
         return iova + size - 1
 
-    def _whole(self, mappings: list[Mapping], iova: int, last: int) -> bool:
-        """Whether the range may take these mappings: version 2 raises where one is split, version 1 says no."""
-        if not self.v2:
-            return mappings[0].iova >= iova
-        for mapping in (mappings[0], mappings[-1]):
-            if mapping.iova < iova or mapping.last > last:
-                raise VfioError(
-                    errno.EINVAL,
-                    "unmap_dma",
-                    f"would split the mapping {mapping.iova:#x}-{mapping.last:#x}",
-                    iova=iova,
-                    length=last - iova + 1,
-                )
-        return True
+    def _report_dirty(self, operation: str, iova: int, size: int, bitmap: tuple[int, int]) -> None:
+        """Every mapped page of the range into the bitmap (process address, page size)."""
+        last = iova + size - 1
+        mappings = list(self._index.range(iova, last))
+        if mappings and (mappings[0].iova < iova or mappings[-1].last > last):
+            raise VfioError(errno.EINVAL, operation, "the range splits a mapping", iova=iova, length=size)
+        try:
+            ranges = [(mapping.iova, mapping.size) for mapping in mappings]
+            write_bitmap(bitmap[0], iova, bitmap[1].bit_length() - 1, ranges)
+        except OSError as error:
+            number = error.errno or errno.EFAULT
+            raise VfioError(number, operation, "bitmap", iova=iova, length=size) from error
 
-    def _drop(self, mappings: list[tuple[int, int, int]]) -> None:
-        """Takes out mappings (iova, size, extent), in order: page tables, one flush per domain, then the rest.
+    def _flush(self) -> None:
+        """Between the halves of an unmap: one flush per domain, over all that was cleared.
 
-        Where a domain raises, the mappings stay known and pinned; a later unmap begins with a flush of
-        everything.
+        Where it raises, the mappings stay known and pinned; the next unmap begins with a flush of everything.
         """
-        if self._unflushed:
-            try:
-                for domain in self._domains:
-                    domain.flush_all()
-            except HypercallError as error:
-                raise VfioError(error.errno or errno.EIO, "unmap_dma", error.reason) from error
-        ranges: list[tuple[int, int]] = []
-        for iova, size, _ in mappings:
-            if ranges and ranges[-1][0] + ranges[-1][1] == iova:
-                ranges[-1] = (ranges[-1][0], ranges[-1][1] + size)
-            else:
-                ranges.append((iova, size))
-        self._unflushed = True
-        for domain in self._domains:
-            domain.unmap_ranges(ranges)
+        state = self._state
+        first, last = state.flush_first, state.flush_last
+        try:
+            for domain in self._domains:
+                domain.flush_range(first, last)
+        except BaseException:
+            self._unflushed = True
+            lib.pv_type1_unmap_undo(state)
+            raise
+
+    def _flush_everything(self) -> None:
+        try:
+            for domain in self._domains:
+                domain.flush_all()
+        except HypercallError as error:
+            raise VfioError(error.errno or errno.EIO, "unmap_dma", error.reason) from error
         self._unflushed = False
-        for iova, size, extent in mappings:
-            _remove(self._index_ptr, iova, _NULL)
-            _unpin(self._memory_ptr, extent)
-            self.account.locked -= size
-        self.dma_avail += len(mappings)
+
+    def _unmap_arrays(self, iovas: Words, sizes: Words) -> tuple[Words, int]:
+        """Unmaps element by element until one is refused: the bytes of those before it, and its negative errno."""
+        if self._unflushed:
+            self._flush_everything()
+        unmapped = np.zeros(len(iovas), np.uint64)
+        at, length = (ffi.from_buffer("uint64_t[]", array) for array in (iovas, sizes))
+        out = ffi.from_buffer("uint64_t[]", unmapped)
+        error = lib.pv_type1_unmap_batch(self._state, len(iovas), at, length, out, self._done)
+        done = self._done[0]
+        if self._state.flush_first <= self._state.flush_last:
+            self._flush()
+            lib.pv_type1_unmap_finish_batch(self._state, done, at, length)
+        return unmapped[:done], error
 
     def _drop_all(self) -> None:
-        mappings = [(mapping.iova, mapping.size, mapping.cookie) for mapping in self._index]
-        if mappings:
-            self._drop(mappings)
+        self.unmap(0, 0, _UNMAP_ALL)
 
-    def _runs_of(self, vaddr: int, size: int) -> list[tuple[int, int]]:
-        """The guest memory behind pinned process memory, as (GPA, bytes)."""
-        runs = self._run_buffer
-        count = _runs(self._memory_ptr, vaddr, size, runs, _RUNS)
-        if count > _RUNS:
-            runs = ffi.new("struct pv_run[]", count)
-            _runs(self._memory_ptr, vaddr, size, runs, count)
-        return [(runs[i].gpa, runs[i].size) for i in range(count)]
+    def _replay(self, domain: PagingDomain) -> None:
+        """Every mapping into a new domain. Raises ``PageTableError``, with some of them in it."""
+        error = lib.pv_type1_replay(self._state, domain.table.ptr)
+        if error:
+            raise PageTableError(-error, "replay", "")
 
     def _refresh(self) -> None:
         self._domains = self._carriers.domains
         self.iova_ranges = self._carriers.iova_ranges
         self.pgsize_bitmap = self._carriers.pgsize_bitmap
         self._page_mask = (self.pgsize_bitmap & -self.pgsize_bitmap) - 1
+        state = self._state
+        self._tables: Any = ffi.new("struct pt_table *[]", [domain.table.ptr for domain in self._domains])
+        self._ranges: Any = ffi.new("struct vfio_iova_range[]", list(self.iova_ranges))
+        state.tables, state.table_count = self._tables, len(self._domains)
+        state.ranges, state.range_count = self._ranges, len(self.iova_ranges)
+        state.page_mask = self._page_mask

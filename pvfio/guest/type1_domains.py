@@ -29,8 +29,8 @@ _log = logging.getLogger("pvfio.guest.type1")
 
 _PAGE_SIZES = (1 << 64) - (1 << 12)
 
-RunsOf = Callable[[int, int], list[tuple[int, int]]]
-"""Process address and bytes of pinned memory to its runs (GPA, bytes)."""
+Replay = Callable[["PagingDomain"], None]
+"""Puts every mapping into a new domain."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Type1Domains:
         """The attached groups."""
         return tuple(group for placed in self._placed for group in placed.groups)
 
-    def attach(self, group: IommuGroup, mappings: MappingIndex, runs_of: RunsOf) -> None:
+    def attach(self, group: IommuGroup, mappings: MappingIndex, replay: Replay) -> None:
         """See ``Type1.attach_group``; a group that was not claimed is again unclaimed where this raises."""
         if group in self.groups:
             raise VfioError(errno.EINVAL, "attach_group", f"group {group.id} is attached already")
@@ -78,7 +78,7 @@ class Type1Domains:
             if claim:
                 group.claim_dma_owner()
             try:
-                self._place(group, claim, mappings, runs_of)
+                self._place(group, claim, mappings, replay)
             except BaseException:
                 if claim:
                     group.release_dma_owner()
@@ -102,7 +102,7 @@ class Type1Domains:
             if claimed:
                 group.release_dma_owner()
 
-    def _place(self, group: IommuGroup, claimed: bool, mappings: MappingIndex, runs_of: RunsOf) -> None:
+    def _place(self, group: IommuGroup, claimed: bool, mappings: MappingIndex, replay: Replay) -> None:
         """Finds the claimed group a domain and attaches it."""
         domain = self._iommu.paging_domain()
         used = False
@@ -114,8 +114,7 @@ class Type1Domains:
                 )
             if self._share(domain, group, claimed):
                 return
-            for mapping in mappings:
-                domain.map_runs(mapping.iova, runs_of(mapping.vaddr, mapping.size), mapping.flags)
+            replay(domain)
             group.attach(domain)
             self._placed.append(_Placed(domain, {group: claimed}))
             used = True

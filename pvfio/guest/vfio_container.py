@@ -21,7 +21,7 @@ from pvfio.guest.vfio_files import FileTable
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
-    from pvfio.guest.type1 import Type1
+    from pvfio.guest.type1 import Type1, Words
 
 __all__ = ["ContainerFile"]
 
@@ -64,6 +64,14 @@ class ContainerFile:
             return iommu.ioctl(request, arg)
         raise VfioError(errno.EINVAL, "container", f"request {request:#x} before SET_IOMMU")
 
+    def map_batch(self, iovas: Words, vaddrs: Words, sizes: Words, flags: int) -> None:
+        """Many VFIO_IOMMU_MAP_DMA at once, see ``Type1.map_batch``. Raises EBADF and EINVAL as ``ioctl``."""
+        self._type1().map_batch(iovas, vaddrs, sizes, flags)
+
+    def unmap_batch(self, iovas: Words, sizes: Words) -> Words:
+        """Many VFIO_IOMMU_UNMAP_DMA at once, see ``Type1.unmap_batch``. Raises EBADF and EINVAL as ``ioctl``."""
+        return self._type1().unmap_batch(iovas, sizes)
+
     def close(self) -> None:
         """Closes the file. Safe to call twice."""
         self._open = False
@@ -98,6 +106,13 @@ class ContainerFile:
         self.groups.remove(group)
         if not self.groups:
             self.iommu = None
+
+    def _type1(self) -> Type1:
+        if not self._open:
+            raise VfioError(errno.EBADF, "container", "closed")
+        if self.iommu is None:
+            raise VfioError(errno.EINVAL, "container", "a batch before SET_IOMMU")
+        return self.iommu
 
     def _set_iommu(self, kind: int) -> int:
         if not self.groups or self.iommu is not None:
