@@ -82,7 +82,8 @@ class EmulatedVfio(Backend):
 
     async def open_container(self) -> IoctlContainer:
         await trio.lowlevel.checkpoint()
-        container = IoctlContainer(_File(self.kernel.vfio.open_container()), self.memory)
+        file = self.kernel.vfio.open_container()
+        container = IoctlContainer(_File(file), self.memory, file)
         self._containers = [*(other for other in self._containers if not other.closed), container]
         return container
 

@@ -3,15 +3,15 @@
 The abstract surface, and what every backend does alike: allocating memory with an IOVA, and refusing to let
 an unmap of the wrong size pass unnoticed. Rules and errnos: Linux's vfio_iommu_type1.
 
-Not here: the kernel's side (``guest/vfio_container.py``, ``guest/type1.py``), how requests travel
-(``ioctl.py``).
+Not here: batches (``batch.py``), how requests travel (``ioctl.py``), the kernel's side (``guest/vfio_container.py``,
+``guest/type1.py``).
 """
 
 from __future__ import annotations
 
 import errno
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,23 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 import trio
 
 from pvfio.errors import VfioError
+from pvfio.vfio.batch import BatchOperations, UnmapMismatch
 from pvfio.vfio.iova import IovaAllocator
 
 if TYPE_CHECKING:
     from pvfio.memory import DmaBuffer
 
 __all__ = ["Container", "IommuInfo", "MigrationInfo", "UnmapMismatch"]
-
-
-class UnmapMismatch(VfioError):
-    """An unmap succeeded, but for another number of bytes than asked: ``length`` was asked, ``unmapped`` was
-    done.
-    """
-
-    def __init__(self, iova: int, asked: int, unmapped: int) -> None:
-        reason = f"{unmapped:#x} bytes were unmapped: what is mapped there is not what the caller believes"
-        super().__init__(errno.ENOENT, "unmap_dma", reason, iova=iova, length=asked)
-        self.unmapped = unmapped
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class IommuInfo:
     migration: MigrationInfo | None
 
 
-class Container(ABC):
+class Container(BatchOperations):
     """An IO address space. Use as ``async with``: leaving closes it, with everything mapped in it."""
 
     iova_allocator: IovaAllocator

@@ -16,6 +16,7 @@ import trio
 
 from pvfio.abi import ffi, lib
 from pvfio.errors import VfioError
+from pvfio.vfio.batch import BatchFile
 from pvfio.vfio.container import Container, IommuInfo, MigrationInfo
 from pvfio.vfio.device import Device, DeviceInfo
 from pvfio.vfio.group import Group, GroupStatus
@@ -109,11 +110,12 @@ class BufferSource(Protocol):
 
 
 class IoctlContainer(Container):
-    """A container file, and where its buffers come from."""
+    """A container file, and where its buffers come from. ``batch``: the file's own way to take batches, if any."""
 
-    def __init__(self, file: KernelFile, memory: BufferSource) -> None:
+    def __init__(self, file: KernelFile, memory: BufferSource, batch: BatchFile | None = None) -> None:
         super().__init__()
         self.file = file
+        self._batch_file = batch
         self._memory = memory
         self.closed = False
         self._ioctl = file.ioctl
@@ -172,14 +174,16 @@ class IoctlContainer(Container):
         except AttributeError:
             vaddr, size = _plain_memory(buffer)
             plain = True
-        flags = (_READ if read else 0) | (_WRITE if write else 0)
+        self._map_address_nowait(iova, vaddr, size, (_READ if read else 0) | (_WRITE if write else 0))
+        if not plain:
+            buffer.iova = iova
+
+    def _map_address_nowait(self, iova: int, vaddr: int, size: int, flags: int) -> None:
         try:
             _fill_map(self._map_bytes, 0, _MAP_SIZE, flags, vaddr, iova, size)
         except struct.error:
             raise VfioError(errno.EINVAL, "map_dma", "not 64 bits", iova=iova, length=size) from None
         self._ioctl(_MAP, self._map)
-        if not plain:
-            buffer.iova = iova
 
     async def map_dma(self, iova: int, buffer: Any, *, read: bool = True, write: bool = True) -> None:
         await trio.lowlevel.checkpoint()
