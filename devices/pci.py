@@ -61,6 +61,7 @@ class PciFunction:
         self._master = False
         self._closed = False
         self._ats = 0
+        self._ats_control = 0
         pci_layout.header(self.config, identity, intx_pin)
         pci_layout.bars(self.config, bars)
         self._pm = pci_layout.power_management(self.config)
@@ -254,6 +255,11 @@ class PciFunction:
             self.msix.control(
                 bool(flags & lib.PCI_MSIX_FLAGS_ENABLE), bool(flags & lib.PCI_MSIX_FLAGS_MASKALL)
             )
+        if self._ats:
+            control = self.config.get(self._ats + lib.PCI_ATS_CTRL, 2)
+            if control != self._ats_control:
+                self._ats_control = control
+                self.bus.set_ats(bool(control & lib.PCI_ATS_CTRL_ENABLE), control & lib.PCI_ATS_CTRL_STU_MASK)
         self._apply_intx()
         if changed:
             self.on_enable(memory, master)

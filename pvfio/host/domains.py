@@ -3,8 +3,8 @@
 Models one partition's device domains in terms of the IOMMU's domains and requesters. A device in no domain
 is blocked; where the machine or the device has no para-virtualized IOMMU it stands in the host's default
 domain and reaches guest memory by GPA. Not modelled: other partitions, other VTLs, PASIDs, the quarantine a
-real host keeps between owners. A device's own translation cache is the IOTLB slice of its requester: a
-flush empties both.
+real host keeps between owners. Where the IOMMU has ATS, every device context allows it: a flush then reaches
+the device's own translation cache as well, if the guest enabled it there.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class DeviceDomains:
         one.
         """
         requester = self._iommu.requester(device_id)
+        requester.allow_ats(self._config.present and self._config.ats)
         device = HostDevice(name, requester, enabled and self._config.present)
         self._devices[device_id] = device
         if not device.enabled:

@@ -345,6 +345,12 @@ void pv_bus_cancel(struct pv_bus *bus, int on)
     atomic_store(&bus->cancel, on ? 1u : 0u);
 }
 
+void pv_bus_ats(struct pv_bus *bus, int on, uint32_t stu)
+{
+    if (bus->ops->ats)
+        bus->ops->ats(bus, on != 0, stu);
+}
+
 struct pv_bus *pv_bus_get(struct pv_bus *bus)
 {
     atomic_fetch_add(&bus->references, 1);

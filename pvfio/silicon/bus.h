@@ -32,6 +32,8 @@ struct pv_bus_ops {
     void (*leave)(struct pv_bus *bus);
     /* An interrupt message. 0, or -EFAULT where nothing accepts it. */
     int (*msi)(struct pv_bus *bus, uint64_t addr, uint32_t data);
+    /* The function's ATS enable bit and Smallest Translation Unit. NULL where nothing translates. */
+    void (*ats)(struct pv_bus *bus, bool on, uint32_t stu);
     void (*destroy)(struct pv_bus *bus);
 };
 
@@ -75,6 +77,11 @@ int pv_bus_fill(struct pv_bus *bus, uint64_t dst, const void *pattern8, uint64_t
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma);
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data);
 void pv_bus_cancel(struct pv_bus *bus, int on);
+/*
+ * The ATS control register of the function (PCIe 4.0 10.5.1.3): enable, and the Smallest Translation Unit as the power of
+ * two of 4096 bytes. A change empties the device's translation cache. Not from inside a section.
+ */
+void pv_bus_ats(struct pv_bus *bus, int on, uint32_t stu);
 struct pv_bus *pv_bus_get(struct pv_bus *bus);
 /* Drops a reference; the last one frees it. */
 void pv_bus_destroy(struct pv_bus *bus);

@@ -94,6 +94,14 @@ class BusMaster:
         """While on, operations end at their next section with ``DmaCancelled``."""
         lib.pv_bus_cancel(self.ptr, on)
 
+    def set_ats(self, on: bool, stu: int = 0) -> None:
+        """What the function's ATS control register says: enable, and log2 of its Smallest Translation Unit in 4 KiB.
+
+        A change empties the device's translation cache; when it returns, no DMA uses what was in it. Nothing
+        happens on a bus that translates nothing for others.
+        """
+        lib.pv_bus_ats(self.ptr, on, stu)
+
     def close(self) -> None:
         """Frees the bus master. Whatever engine used it must be gone."""
         ffi.release(self.ptr)

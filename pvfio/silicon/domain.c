@@ -1,8 +1,8 @@
 /*
  * Domains, and invalidation (see iommu.h).
  *
- * Order of an invalidation, for every requester on the domain: announce it (sequence), drop the entries, wait for
- * the open section. A section that walked the old table either sees the announcement when it inserts, or its entry is
+ * Order of an invalidation, for every requester on the domain: announce it (sequence), drop the entries, those of the
+ * IOTLB before the device's own (which could be filled from it again), wait for the open section. A section that walked the old table either sees the announcement when it inserts, or its entry is
  * there to be dropped; a section that begins later finds neither.
  */
 #include <errno.h>
@@ -82,16 +82,19 @@ void pv_domain_release(struct pv_domain *domain)
         pv_domain_free(domain);
 }
 
-static void invalidate(struct pv_domain *domain, uint64_t first, uint64_t last)
+/* 2^lg2 bytes, 12 to 64, from `first` on. */
+static void invalidate(struct pv_domain *domain, uint64_t first, unsigned lg2)
 {
+    uint64_t range = ats_range(first, lg2);
     pthread_mutex_lock(&domain->iommu->lock);
     for (struct requester *r = domain->first; r; r = r->next) {
         atomic_fetch_add(&r->tlb.sequence, 1);
         atomic_fetch_add_explicit(&r->tlb.invalidations, 1, memory_order_relaxed);
-        if (first == 0 && last == UINT64_MAX)
+        if (lg2 == 64)
             tlb_clear(&r->tlb);
         else
-            tlb_drop(&r->tlb, domain->tag, first, last);
+            tlb_drop(&r->tlb, domain->tag, first, first + (1ull << lg2) - 1);
+        pv_atc_invalidate(r, range);
         pv_section_wait(&r->section);
     }
     pthread_mutex_unlock(&domain->iommu->lock);
@@ -113,16 +116,11 @@ void pv_iommu_invalidate_stage2(struct pv_iommu *iommu)
 
 void pv_iommu_invalidate_domain(struct pv_domain *domain)
 {
-    invalidate(domain, 0, UINT64_MAX);
+    invalidate(domain, 0, 64);
 }
 
 void pv_iommu_invalidate_pages(struct pv_domain *domain, uint64_t page, uint32_t shift)
 {
-    if (shift >= 52) {
-        invalidate(domain, 0, UINT64_MAX);
-        return;
-    }
-    uint64_t size = (uint64_t)PV_PAGE_SIZE << shift;
-    uint64_t first = page << PV_PAGE_SHIFT & ~(size - 1);
-    invalidate(domain, first, first + size - 1);
+    unsigned lg2 = shift < 52 ? PV_PAGE_SHIFT + shift : 64;
+    invalidate(domain, lg2 < 64 ? page << PV_PAGE_SHIFT >> lg2 << lg2 : 0, lg2);
 }

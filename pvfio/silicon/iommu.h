@@ -5,8 +5,9 @@
  * A requester (one per device) has one domain: blocked, identity or paging. A paging domain's stage 1 is an
  * x86-64 table in guest RAM, its table pages reached through stage 2; stage 2 (vtdss or amdv1) is the machine's.
  * The IOTLB is sliced by requester, set-associative, tagged by domain id, and holds every page size. It is
- * honest: it forgets only what it is told to forget (or has no room for). Invalidation returns only when no
- * section of a requester on that domain that could have seen the old translation is open.
+ * honest: it forgets only what it is told to forget (or has no room for). So is the translation cache of a device that
+ * has ATS enabled (atc.h), which is told after the IOTLB. Invalidation returns only when no section of a requester on
+ * that domain that could have seen the old translation is open.
  *
  * The walker sets accessed and dirty bits in stage 2. The IOTLB lets no write pass to a page whose stage-2 leaf was clean
  * when it was cached; so after the host has cleared dirty bits it invalidates stage 2, and every later write marks again.
@@ -73,6 +74,16 @@ struct pv_tlb_stats {
     uint64_t entries;
 };
 
+/* Of a device's own translation cache. */
+struct pv_atc_stats {
+    uint64_t hits;          /* Translated Requests without a Translation Request before */
+    uint64_t requests;      /* Translation Requests */
+    uint64_t untranslated;  /* of them, those that led to no entry */
+    uint64_t invalidations; /* Invalidate Requests that arrived */
+    uint64_t lost;          /* and that did not */
+    uint64_t entries;
+};
+
 struct pv_iommu *pv_iommu_create(struct pv_memory *memory, int stage2_format, uint64_t stage2_root, uint32_t stage2_levels);
 /* Drops the creator's reference; domains and requesters hold one each, and the IOMMU holds the memory. */
 void pv_iommu_destroy(struct pv_iommu *iommu);
@@ -89,6 +100,11 @@ struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id);
 /* NULL: blocked. When it returns no DMA of the requester lands through the domain it had. */
 int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain);
 void pv_requester_tlb_stats(struct pv_bus *requester, struct pv_tlb_stats *out);
+/* Whether the device context lets Translation Requests through. Off at first; off empties the device's cache. */
+void pv_requester_allow_ats(struct pv_bus *requester, int allowed);
+void pv_requester_atc_stats(struct pv_bus *requester, struct pv_atc_stats *out);
+/* Fault injection: the next Invalidate Requests never arrive, and the IOMMU takes them for completed. */
+void pv_requester_lose_invalidations(struct pv_bus *requester, uint32_t count);
 /* Registers (or, with eventfd -1, removes) what a message with that data rings. */
 int pv_requester_set_msi(struct pv_bus *requester, uint32_t data, int eventfd);
 

@@ -95,6 +95,23 @@ class TlbStats:
     entries: int
 
 
+@dataclass(frozen=True)
+class AtcStats:
+    """Counts of one device's own translation cache (ATC, device TLB); zero while ATS was never on.
+
+    ``hits`` are accesses it answered, ``requests`` the Translation Requests it sent, ``untranslated`` those of
+    them that led to no entry, ``invalidations`` the Invalidate Requests that arrived, ``lost`` those that did
+    not, ``entries`` what it holds now.
+    """
+
+    hits: int
+    requests: int
+    untranslated: int
+    invalidations: int
+    lost: int
+    entries: int
+
+
 def _fault(raw: Any) -> Fault:
     return Fault(raw.device_id, raw.iova, raw.gpa, raw.domain, raw.stage, raw.level, raw.perm, raw.reason)
 
@@ -118,7 +135,10 @@ class Domain:
         _check(lib.pv_domain_configure(self.ptr, type, root, levels), "configure domain")
 
     def invalidate(self) -> None:
-        """Forgets every translation; returns when no DMA uses one from before."""
+        """Forgets every translation, in the devices with ATS as well.
+
+        Returns when no DMA uses one from before.
+        """
         lib.pv_iommu_invalidate_domain(self.ptr)
 
     def invalidate_pages(self, page: int, shift: int) -> None:
@@ -165,6 +185,23 @@ class Requester(BusMaster):
             for s in steps[0 : count[0]]
         ]
         return Walk(None if error else hpa[0], _fault(fault) if error else None, taken)
+
+    def allow_ats(self, allowed: bool) -> None:
+        """Whether the device context lets the device's Translation Requests through. Not at first."""
+        lib.pv_requester_allow_ats(self.ptr, allowed)
+
+    def lose_invalidations(self, count: int) -> None:
+        """Fault injection: the next ``count`` Invalidate Requests to the device's own cache never arrive there.
+
+        The IOMMU takes them for completed, so whoever flushes cannot know. 0 ends it.
+        """
+        lib.pv_requester_lose_invalidations(self.ptr, count)
+
+    def atc_stats(self) -> AtcStats:
+        """The counts of the device's own translation cache."""
+        raw = ffi.new("struct pv_atc_stats *")
+        lib.pv_requester_atc_stats(self.ptr, raw)
+        return AtcStats(raw.hits, raw.requests, raw.untranslated, raw.invalidations, raw.lost, raw.entries)
 
     def tlb_stats(self) -> TlbStats:
         """The IOTLB's counts."""

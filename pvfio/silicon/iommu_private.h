@@ -7,12 +7,14 @@
 #include <pthread.h>
 #include <stdbool.h>
 
+#include "atc.h"
 #include "iommu.h"
 #include "section.h"
 #include "tlb.h"
 #include "walker.h"
 
 #define MAX_DOMAIN_TAGS 65536
+#define IOVA_BITS 57
 
 struct requester;
 
@@ -51,9 +53,35 @@ struct requester {
     _Atomic uint64_t section;
     uint64_t sequence;      /* of the IOTLB, as the open section read it */
     struct tlb tlb;
+    struct atc atc;         /* the device's own, beyond the IOMMU */
     pthread_mutex_t msi_lock;
     int *msi_fd;            /* by message data; -1: none */
 };
+
+/* A translation as the caches hold it: the page's host pointer and permissions in one word, and its size. */
+struct translation {
+    uint64_t data;
+    unsigned lg2;
+};
+
+static inline bool pv_is_interrupt(uint64_t iova)
+{
+    return iova >= PV_MSI_START && iova <= PV_MSI_END;
+}
+
+/* A large page that reaches into the interrupt window ends there. */
+static inline struct pv_span span_of(const struct translation *t, uint64_t iova)
+{
+    uint64_t size = 1ull << t->lg2, offset = iova & (size - 1), last = iova | (size - 1);
+    if (iova < PV_MSI_START && last >= PV_MSI_START)
+        last = PV_MSI_START - 1;
+    return (struct pv_span){(uint8_t *)(uintptr_t)(t->data & ~4095ull) + offset, last - iova + 1};
+}
+
+/* What a requester gets, inside a section: from the IOTLB, else by a walk that fills it. -EFAULT, nothing is logged. */
+int pv_translation(struct requester *r, uint64_t iova, uint32_t perm, struct translation *t);
+/* An untranslated request: 0, or -EFAULT after the fault was logged. */
+int pv_translate_untranslated(struct requester *r, uint64_t iova, uint32_t perm, struct pv_span *span);
 
 static inline struct pv_iommu *iommu_get(struct pv_iommu *iommu)
 {

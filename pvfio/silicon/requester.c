@@ -11,7 +11,6 @@
 #include "iommu_private.h"
 
 #define MAX_MSI_DATA 4096
-#define IOVA_BITS 57
 
 static int log_reason(struct requester *r, uint64_t iova, uint32_t perm, uint8_t reason)
 {
@@ -26,47 +25,66 @@ static const struct walk_context *context_of(const struct pv_domain *domain)
     return domain ? &domain->context : &blocked;
 }
 
-/* A large page that reaches into the interrupt window ends there. */
-static inline struct pv_span span_of(uint8_t *ptr, uint64_t iova, unsigned lg2)
+static inline bool iotlb_hit(struct requester *r, const struct pv_domain *domain, uint64_t iova, uint32_t perm,
+                             struct translation *t)
 {
-    uint64_t size = 1ull << lg2, last = iova | (size - 1);
-    if (iova < PV_MSI_START && last >= PV_MSI_START)
-        last = PV_MSI_START - 1;
-    return (struct pv_span){ptr, last - iova + 1};
+    if (!domain || iova >> IOVA_BITS || !tlb_find(&r->tlb, domain->tag, iova, &t->data, &t->lg2) || perm & ~t->data)
+        return false;
+    tlb_bump(&r->tlb.hits);
+    return true;
 }
 
-static int translate_miss(struct requester *r, struct pv_domain *domain, uint64_t iova, uint32_t perm,
-                          struct pv_span *span)
+static int iotlb_fill(struct requester *r, const struct pv_domain *domain, uint64_t iova, uint32_t perm,
+                      struct translation *t, struct pv_fault *fault)
 {
     struct walk_result result;
+    tlb_bump(&r->tlb.misses);
+    if (pv_walk(&r->iommu->host, context_of(domain), iova, perm, &result, fault, NULL))
+        return -EFAULT;
+    uint64_t offset = iova & ((1ull << result.lg2) - 1);
+    *t = (struct translation){(uint64_t)(uintptr_t)(result.ptr - offset) | result.perm, result.lg2};
+    tlb_insert(&r->tlb, domain->tag, iova, t->lg2, t->data, r->sequence);
+    return 0;
+}
+
+int pv_translation(struct requester *r, uint64_t iova, uint32_t perm, struct translation *t)
+{
+    const struct pv_domain *domain = atomic_load_explicit(&r->domain, memory_order_acquire);
+    struct pv_fault fault;
+    return iotlb_hit(r, domain, iova, perm, t) ? 0 : iotlb_fill(r, domain, iova, perm, t, &fault);
+}
+
+static int translate_miss(struct requester *r, const struct pv_domain *domain, uint64_t iova, uint32_t perm,
+                          struct pv_span *span)
+{
+    struct translation t;
     struct pv_fault fault = {.iova = iova, .perm = (uint8_t)perm};
-    if (pv_walk(&r->iommu->host, context_of(domain), iova, perm, &result, &fault, NULL)) {
+    if (iotlb_fill(r, domain, iova, perm, &t, &fault)) {
         pv_iommu_log(r, &fault);
         return -EFAULT;
     }
-    uint64_t offset = iova & ((1ull << result.lg2) - 1);
-    uint64_t data = (uint64_t)(uintptr_t)(result.ptr - offset) | result.perm;
-    tlb_insert(&r->tlb, domain->tag, iova, result.lg2, data, r->sequence);
-    *span = span_of(result.ptr, iova, result.lg2);
+    *span = span_of(&t, iova);
+    return 0;
+}
+
+int pv_translate_untranslated(struct requester *r, uint64_t iova, uint32_t perm, struct pv_span *span)
+{
+    const struct pv_domain *domain = atomic_load_explicit(&r->domain, memory_order_acquire);
+    struct translation t;
+    if (pv_is_interrupt(iova))
+        return log_reason(r, iova, perm, PV_FAULT_INTERRUPT_RANGE);
+    if (!iotlb_hit(r, domain, iova, perm, &t))
+        return translate_miss(r, domain, iova, perm, span);
+    *span = span_of(&t, iova);
     return 0;
 }
 
 static int requester_translate(struct pv_bus *bus, uint64_t iova, uint32_t perm, struct pv_span *span)
 {
     struct requester *r = (struct requester *)bus;
-    struct pv_domain *domain = atomic_load_explicit(&r->domain, memory_order_acquire);
-    if (iova >= PV_MSI_START && iova <= PV_MSI_END)
-        return log_reason(r, iova, perm, PV_FAULT_INTERRUPT_RANGE);
-    uint64_t data;
-    unsigned lg2;
-    if (domain && !(iova >> IOVA_BITS) && tlb_find(&r->tlb, domain->tag, iova, &data, &lg2) && !(perm & ~data)) {
-        uint64_t offset = iova & ((1ull << lg2) - 1);
-        tlb_bump(&r->tlb.hits);
-        *span = span_of((uint8_t *)(uintptr_t)(data & ~4095ull) + offset, iova, lg2);
-        return 0;
-    }
-    tlb_bump(&r->tlb.misses);
-    return translate_miss(r, domain, iova, perm, span);
+    if (__builtin_expect(atomic_load_explicit(&r->atc.on, memory_order_relaxed), 0))
+        return pv_atc_translate(r, iova, perm, span);
+    return pv_translate_untranslated(r, iova, perm, span);
 }
 
 static void requester_enter(struct pv_bus *bus)
@@ -104,6 +122,11 @@ static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
     return sent ? log_reason(r, addr, PV_DMA_WRITE, PV_FAULT_INTERRUPT) : 0;
 }
 
+static void requester_ats(struct pv_bus *bus, bool on, uint32_t stu)
+{
+    pv_atc_control((struct requester *)bus, on, stu);
+}
+
 static void requester_destroy(struct pv_bus *bus)
 {
     struct requester *r = (struct requester *)bus;
@@ -124,7 +147,7 @@ static void requester_destroy(struct pv_bus *bus)
 }
 
 static const struct pv_bus_ops requester_ops = {requester_translate, requester_enter, requester_leave, requester_msi,
-                                                requester_destroy};
+                                                requester_ats, requester_destroy};
 
 struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id)
 {
@@ -142,6 +165,7 @@ struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id)
     r->iommu = iommu_get(iommu);
     r->device_id = device_id;
     r->msi_fd = fds;
+    atomic_init(&r->atc.lg2, ATS_STU_BASE);
     pthread_mutex_init(&r->msi_lock, NULL);
     pthread_mutex_lock(&iommu->lock);
     r->next_of_all = iommu->first;
@@ -197,6 +221,7 @@ int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain)
         }
         atomic_fetch_add(&r->tlb.sequence, 1);
         tlb_clear(&r->tlb);
+        pv_atc_invalidate(r, ATS_EVERYTHING);
         pv_section_wait(&r->section);
         last = old && pv_domain_drop(old);
     }

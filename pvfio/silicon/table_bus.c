@@ -91,7 +91,7 @@ static void table_destroy(struct pv_bus *bus)
     free(t);
 }
 
-static const struct pv_bus_ops table_ops = {table_translate, table_enter, table_leave, table_msi, table_destroy};
+static const struct pv_bus_ops table_ops = {table_translate, table_enter, table_leave, table_msi, NULL, table_destroy};
 
 struct pv_bus *pv_table_bus_create(int eventfd)
 {
