@@ -1,5 +1,6 @@
 /*
  * Engine threads that write through the IOMMU without a pause, beside threads that map, unmap, flush, attach and destroy.
+ * Every other engine is a device with ATS, which is turned off and on as well.
  *
  * The checker knows nothing of translation: whenever an invalidation or an attach has returned, it marks the memory that
  * is nobody's any more, and finds its mark untouched later. Under ThreadSanitizer the marks themselves race with any
@@ -68,6 +69,7 @@ struct side {
     struct engine engine[ENGINES];
     struct buffer buffer[BUFFERS], bare, hot; /* `bare` is reached through the identity domain */
     struct buffer *slot[SLOTS];
+    bool ats;
     bool small[SLOTS]; /* mapped in 4 KiB pages */
     unsigned unmaps, pieces, moves, written, hot_written;
     uint32_t id;
@@ -283,6 +285,14 @@ static void go_bare(struct side *s)
     retire(s, &s->bare);
 }
 
+/* Both ways the device's own cache is empty, and no access goes on by it. */
+static void turn_ats(struct side *s)
+{
+    s->ats = !s->ats;
+    for (unsigned i = 1; i < ENGINES; i += 2)
+        pv_bus_ats(s->engine[i].bus, s->ats, 0);
+}
+
 /* A new domain, with the tag of the old one as likely as not, and other memory behind the same addresses. */
 static void change_domain(struct side *s)
 {
@@ -320,6 +330,8 @@ static void *run_side(void *arg)
             go_bare(s);
         else if (action == 2)
             pv_iommu_invalidate_domain(s->domain);
+        else if (action == 4)
+            turn_ats(s);
         else if (action == 3)
             turn_hot_page(s);
         else if (s->slot[slot])
@@ -360,7 +372,9 @@ static void build(void)
         for (unsigned e = 0; e < ENGINES; e++) {
             s->engine[e] = (struct engine){.bus = pv_requester_create(iommu, 10 * i + e), .target = WINDOW | SLOTS, .number = e};
             CHECK(s->engine[e].bus);
+            pv_requester_allow_ats(s->engine[e].bus, 1);
         }
+        turn_ats(s);
         attach_all(s, s->domain);
     }
 }
