@@ -37,6 +37,8 @@ ROOM_HEADERS = (
     "devices/dsa/dsa_engine.h",
     "devices/rogue.h",
     "workloads/bench_loops.h",
+    "workloads/latency.h",
+    "workloads/map_loop.h",
 )
 CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
 

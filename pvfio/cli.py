@@ -1,4 +1,4 @@
-"""The command line: ``pvfio dmatest``, ``pvfio walk``, ``pvfio devices``.
+"""The command line: ``pvfio dmatest``, ``pvfio dma-map-benchmark``, ``pvfio walk``, ``pvfio devices``.
 
 Only names, options and exit statuses are here; what a command does is imported when it runs. Exit statuses:
 0 done, 1 a test or the machine failed, 2 the request cannot be (one line on standard error says why), 130
@@ -33,6 +33,13 @@ class Platform(StrEnum):
 
     intel = "intel"
     amd = "amd"
+
+
+class MapApi(StrEnum):
+    """What dma-map-benchmark maps with."""
+
+    vfio = "vfio"
+    pagetable = "pagetable"
 
 
 class EngineChoice(StrEnum):
@@ -200,6 +207,89 @@ def dmatest(
 
         raise typer.Exit(cli_bench.run(options, (engine.value,) if given_engine else ("inline", "thread")))
     raise typer.Exit(cli_dmatest.run(options))
+
+
+@app.command()
+def dma_map_benchmark(
+    parameters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="The first eight options as words (threads=2 mode=sg); they win."
+        ),
+    ] = None,
+    threads: Annotated[str, typer.Option("--threads", "-t", metavar="N", help="Threads, 1 to 1024.")] = "1",
+    seconds: Annotated[
+        str, typer.Option("--seconds", "-s", metavar="S", help="How long, at most 300.")
+    ] = "20",
+    node: Annotated[str, typer.Option("--node", "-n", metavar="N", help="NUMA node; -1: any.")] = "-1",
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            "--bits",
+            "-b",
+            metavar="N",
+            help="Of the device's addresses, 20 to 64; 32, or what --mappings need.",
+        ),
+    ] = None,
+    dir: Annotated[
+        str,
+        typer.Option("--dir", "-d", metavar="DIR", help="0: BIDIRECTIONAL, 1: TO_DEVICE, 2: FROM_DEVICE."),
+    ] = "0",
+    xdelay: Annotated[
+        str, typer.Option("--xdelay", "-x", metavar="NS", help="From map to unmap, at most 10000000.")
+    ] = "0",
+    granule: Annotated[
+        str, typer.Option("--granule", "-g", metavar="N", help="Pages a mapping, or sg entries; 1 to 1024.")
+    ] = "1",
+    mode: Annotated[
+        str, typer.Option("--mode", "-m", metavar="MODE", help="single (0) or sg (1).")
+    ] = "single",
+    api: Annotated[MapApi, typer.Option(help="Map with VFIO, or in the page table alone.")] = MapApi.vfio,
+    mappings: Annotated[int, typer.Option(metavar="N", help="Mappings that stay meanwhile.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the latencies, and their cost beside 1 to N live mappings."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document instead of lines.")] = False,
+    platform: PlatformOption = Platform.intel,
+    ram: RamOption = "512M",
+) -> None:
+    """Measure what it takes to map memory for a device and to unmap it, as Linux's dma_map_benchmark does.
+
+    Prints that tool's lines first.
+    """
+    import time
+
+    began = time.perf_counter()
+    from pvfio import cli_dma_map_benchmark
+
+    given = {
+        "threads": threads,
+        "seconds": seconds,
+        "node": node,
+        "dir": dir,
+        "xdelay": xdelay,
+        "granule": granule,
+        "mode": mode,
+    }
+    if bits is not None:
+        given["bits"] = bits
+    try:
+        options = cli_dma_map_benchmark.make_options(
+            given,
+            parameters or [],
+            api=api.value,
+            domain=None,
+            mappings=mappings,
+            breakdown=False,
+            plot=plot,
+            platform=platform.value,
+            ram=_size(ram, "--ram"),
+            json=json,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(cli_dma_map_benchmark.run(options, began))
 
 
 @app.command()

@@ -122,10 +122,12 @@ def check_output(path: Path, source: Path) -> None:
 
 @contextmanager
 def terminal_progress(
-    total: int | None, unit: str, *, quiet: bool = False
-) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    total: float | None, unit: str, *, quiet: bool = False, label: str = "dmatest", thread: bool = True
+) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
     """A way to print a line and a way to say how much more is done; with a progress bar where output is a
     terminal and not ``quiet``.
+
+    Without ``thread`` the bar moves only when told, and takes no time of the program's in between.
     """
     if quiet or not sys.stdout.isatty():
         yield (lambda line: print(line, flush=True)), (lambda _: None)
@@ -140,17 +142,18 @@ def terminal_progress(
         TextColumn(unit),
     ]
     console = Console(highlight=False)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("dmatest", total=total)
-        pending, shown = 0, time.monotonic()
+    columns.append(TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, auto_refresh=thread) as progress:
+        task = progress.add_task(label, total=total)
+        pending, shown = 0.0, time.monotonic()
 
-        def advance(amount: int) -> None:
+        def advance(amount: float) -> None:
             nonlocal pending, shown
             pending += amount
             now = time.monotonic()
             if now - shown >= _REFRESH:
-                progress.advance(task, pending)
-                pending, shown = 0, now
+                progress.update(task, advance=pending, refresh=not thread)
+                pending, shown = 0.0, now
 
         def emit(line: str) -> None:
             console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,349 @@
+"""``pvfio dma-map-benchmark``: what mapping costs, on a machine of its own, in the lines of Linux's tool and more."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvfio.cli_run import DEVICE, Platform, UsageError, machine_config, run_program, terminal_progress
+from pvfio.workloads.dma_map_benchmark import DIRECTIONS, MODES, MapParams, MapResult, linux_lines
+
+if TYPE_CHECKING:
+    from pvfio.machine import Machine
+    from pvfio.workloads.map_targets import Target
+
+__all__ = ["APIS", "DOMAINS", "MapOptions", "Measured", "make_options", "run"]
+
+APIS = ("vfio", "pagetable")
+DOMAINS = ("strict", "lazy", "identity")
+
+_BITS = 32  # of Linux's tool
+_MOST_MAPPINGS = 100_000_000
+_MOST_VPS = 16
+_CLOSING = 0.025  # share of the seconds that is left for ending
+_SWEEP_SHARE = 0.4
+_LEAST_SWEEP = 100_000
+_PARAMETERS = ("threads", "seconds", "node", "bits", "dir", "xdelay", "granule", "mode")
+
+
+@dataclass(frozen=True, slots=True)
+class MapOptions:
+    """The command's options, checked for form."""
+
+    params: MapParams
+    api: str
+    domain: str
+    mappings: int
+    breakdown: bool
+    plot: Path | None
+    platform: Platform
+    ram: int
+    json: bool
+
+
+@dataclass(slots=True)
+class Measured:
+    """A run: its result, hypercalls made meanwhile, the clock's cost in ns, and (live mappings, result) of a sweep."""
+
+    result: MapResult
+    hypercalls: int = 0
+    clock: float = 0.0
+    sweep: list[tuple[int, MapResult]] = field(default_factory=list)
+
+
+def _direction(text: str) -> int:
+    """A direction's number, from the number or the name."""
+    name = text.upper().replace("-", "_")
+    if name in DIRECTIONS:
+        return DIRECTIONS.index(name)
+    return _integer(text)
+
+
+def _mode(text: str) -> str:
+    """A mode's name, from the name or Linux's number for it."""
+    return MODES[int(text)] if text in ("0", "1") else text.lower()
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of seconds") from None
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"seconds": _seconds, "dir": _direction, "mode": _mode}
+
+
+def _parse(given: dict[str, str], words: Sequence[str]) -> dict[str, Any]:
+    """Parameters from options and from words like ``threads=2``; the words win. ``ValueError``."""
+    texts = dict(given)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in _PARAMETERS:
+            raise ValueError(f"unknown parameter {name!r} (there are {', '.join(_PARAMETERS)})")
+        if not equals:
+            raise ValueError(f"{name} needs a value: {name}=...")
+        texts[name] = text
+    values = {}
+    for name, text in texts.items():
+        try:
+            values[name] = _PARSERS.get(name, _integer)(text)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return values
+
+
+def make_options(given: dict[str, str], words: Sequence[str], **rest: Any) -> MapOptions:
+    """The options from the texts of those that are parameters of Linux's tool, and all others as they are.
+
+    ``domain`` None is "strict". ``ValueError`` for what cannot be.
+    """
+    api, domain, mappings = rest["api"], rest.pop("domain"), rest["mappings"]
+    if domain is not None and api != "dma":
+        raise ValueError(f"--domain is about the DMA API: it does not go with --api {api}")
+    if not 0 <= mappings <= _MOST_MAPPINGS:
+        raise ValueError(f"mappings is 0 to {_MOST_MAPPINGS}, not {mappings}")
+    if rest["breakdown"] and api == "pagetable":
+        raise ValueError("--breakdown divides a whole mapping: with --api pagetable it has one part only")
+    values = _parse(given, words)
+    params = MapParams(**values)
+    if "bits" not in values:
+        most = max(mappings, _LEAST_SWEEP if rest["plot"] else 0)
+        room = 2 * 4096 * (most + params.threads * max(1, min(most, 1024)) * 2 * params.granule)
+        params = MapParams(**values | {"bits": min(64, max(_BITS, room.bit_length()))})
+    return MapOptions(params=params, domain=domain or "strict", **rest)
+
+
+def run(options: MapOptions, began: float) -> int:
+    """Runs the command, which began at ``began`` (``time.perf_counter``); its exit status."""
+
+    async def main() -> int:
+        _check(options)
+        async with _open(options) as (target, machine):
+            measured = await _measure(options, target, machine, began)
+        _report(options, measured)
+        return 0
+
+    return run_program(main)
+
+
+def _check(options: MapOptions) -> None:
+    """``UsageError`` for what would be noticed only after the measuring."""
+    if options.plot is not None:
+        from pvfio.cli_map_plot import check
+
+        check(options.plot)
+
+
+@asynccontextmanager
+async def _open(options: MapOptions) -> AsyncIterator[tuple[Target, Machine | None]]:
+    """What is measured, and the machine it is on, if it takes one."""
+    from pvfio.workloads.map_targets import VfioTarget
+
+    if options.api == "pagetable":
+        yield _page_tables(options), None
+        return
+    from pvfio.guest.transport import on_vp
+    from pvfio.machine import Machine
+
+    config = _machine_config(options)
+    async with Machine(config) as machine, machine.open(DEVICE) as device:
+        yield VfioTarget(device.container, options.params, lambda number: on_vp(number % config.vps)), machine
+
+
+def _machine_config(options: MapOptions) -> Any:
+    from dataclasses import replace
+
+    from pvfio.guest.type1 import Type1Limits
+
+    params = options.params
+    pages = params.granule if params.mode == "sg" else 1
+    entries = max(options.mappings, _LEAST_SWEEP) + params.threads * pages
+    config = machine_config(options.platform, "inline", options.ram)
+    return replace(
+        config,
+        vps=max(2, min(params.threads, _MOST_VPS)),
+        limits=Type1Limits(dma_entry_limit=max(65535, entries)),
+    )
+
+
+def _page_tables(options: MapOptions) -> Target:
+    from pvfio.memory import GuestMemory
+    from pvfio.pagetable import Format, PageTable
+    from pvfio.workloads.map_targets import TableTarget
+
+    machine_config(options.platform, "inline", options.ram)  # for its opinion of the memory
+    memory = GuestMemory(options.ram)
+    tables = [
+        PageTable(Format.X86_64, memory, owner="guest", levels=4) for _ in range(options.params.threads)
+    ]
+    return TableTarget(tables, 0, options.params)
+
+
+async def _measure(options: MapOptions, target: Target, machine: Machine | None, began: float) -> Measured:
+    """Prepares and measures: the run itself and, for a plot, the sweep before it."""
+    from pvfio.workloads.dma_map_benchmark import clock_cost, loop_clock_cost
+
+    params = options.params
+    clock = loop_clock_cost() if target.clock_in_c else clock_cost()
+    await _prepare(options, target, options.mappings)
+    # The time it took to get here counts, unless live mappings were set up: the command is to take what was asked.
+    used = time.perf_counter() - began if not options.mappings else 0.0
+    seconds = max(params.seconds * (1 - _CLOSING) - used, params.seconds / 2)
+    shares = _SWEEP_SHARE if options.plot is not None else 0.0
+    calls = machine.kernel.transport.calls if machine is not None else 0
+    measured = Measured(await _timed(options, target, seconds * (1 - shares)), clock=clock)
+    if machine is not None:
+        measured.hypercalls = machine.kernel.transport.calls - calls
+    if options.plot is not None:
+        counts = _sweep_counts(options.mappings)
+        for count in counts:
+            await target.clear()
+            await _prepare(options, target, count)
+            result = await _timed(options, target, seconds * shares / len(counts), f"{count:,} live")
+            measured.sweep.append((count, result))
+    return measured
+
+
+def _sweep_counts(mappings: int) -> list[int]:
+    """1, 10, 100 and on, to at least 100,000, and the number that was asked for."""
+    most = max(mappings, _LEAST_SWEEP)
+    counts = {10**power for power in range(len(str(most))) if 10**power <= most}
+    return sorted(counts | ({mappings} if mappings else set()))
+
+
+async def _prepare(options: MapOptions, target: Target, live: int) -> None:
+    quiet = options.json or live < 10_000
+    with terminal_progress(live, "mappings", quiet=quiet, label="live") as (_, advance):
+        try:
+            await target.prepare(live, advance)
+        except ValueError as error:
+            raise UsageError(f"--bits {options.params.bits}: {error}") from None
+        except MemoryError as error:
+            raise UsageError(f"--ram {options.ram >> 20}M: {error}") from None
+
+
+async def _timed(options: MapOptions, target: Target, seconds: float, label: str = "") -> MapResult:
+    with terminal_progress(seconds, "s", quiet=options.json, label=label or "measuring", thread=False) as (
+        _,
+        advance,
+    ):
+        shown = 0.0
+
+        def progress(now: float) -> None:
+            nonlocal shown
+            advance(now - shown)
+            shown = now
+
+        return await target.measure(seconds, progress)
+
+
+def _microseconds(ns: float) -> str:
+    return f"{ns / 1000:.3f}" if ns < 10_000 else f"{ns / 1000:.1f}"
+
+
+def _table(result: MapResult) -> list[str]:
+    names = ("min", "median", "p90", "p99", "p999", "max")
+    titles = ("min", "median", "90 %", "99 %", "99.9 %", "max")
+    lines = [f"{'latency (us)':<14}" + "".join(f"{title:>11}" for title in titles)]
+    for name in ("map", "unmap"):
+        values = getattr(result, name).as_dict()
+        lines.append(f"{name:<14}" + "".join(f"{_microseconds(values[key]):>11}" for key in names))
+    return lines
+
+
+def _sweep_table(measured: Measured) -> list[str]:
+    lines = [f"{'live mappings':<14}{'map (us)':>11}{'':>8}{'unmap (us)':>13}{'':>8}"]
+    bases = [getattr(measured.sweep[0][1], name).quantile(0.5) for name in ("map", "unmap")]
+    for count, result in measured.sweep:
+        medians = [getattr(result, name).quantile(0.5) for name in ("map", "unmap")]
+        ratios = [f"x{median / base:.2f}" for median, base in zip(medians, bases, strict=True)]
+        lines.append(
+            f"{count:<14,}{_microseconds(medians[0]):>11}{ratios[0]:>8}"
+            f"{_microseconds(medians[1]):>13}{ratios[1]:>8}"
+        )
+    return [*lines, "medians, and how many times that of the first line"]
+
+
+def _facts(options: MapOptions, measured: Measured) -> list[tuple[str, str]]:
+    result, params = measured.result, options.params
+    api = {
+        "dma": f"the DMA API, domain {options.domain}",
+        "vfio": "VFIO type1, map_dma_nowait and unmap_dma_nowait",
+        "pagetable": "the page-table layer alone, in a loop of C: x86-64, 4 levels",
+    }[options.api]
+    what = "threads" if options.api == "pagetable" else "tasks on one thread"
+    facts = [
+        ("api", f"{api}; {params.threads} {what}" if params.threads > 1 else api),
+        ("mappings", f"{result.loops:,} in {result.seconds:.1f} s beside {options.mappings:,} live ones"),
+    ]
+    if options.api != "pagetable":
+        facts.append(
+            ("hypercalls", f"{measured.hypercalls:,}, {measured.hypercalls / result.loops:.2f} a mapping")
+        )
+    facts.append(("clock", f"{measured.clock:.0f} ns to read, part of every latency"))
+    return facts
+
+
+def _report(options: MapOptions, measured: Measured) -> None:
+    if options.plot is not None:
+        from pvfio.cli_map_plot import draw
+
+        draw(options, measured)
+    if options.json:
+        print(json.dumps(_document(options, measured), indent=2))
+        return
+    lines = linux_lines(options.params, measured.result)
+    lines += ["", *_table(measured.result), ""]
+    if measured.sweep:
+        lines += [*_sweep_table(measured), ""]
+    lines += [f"{name:<11} {value}" for name, value in _facts(options, measured)]
+    if options.plot is not None:
+        lines.append(f"{'plot':<11} {options.plot}")
+    print("\n".join(lines))
+
+
+def _document(options: MapOptions, measured: Measured) -> dict[str, Any]:
+    """The run as one document; every latency in nanoseconds."""
+    params, result = options.params, measured.result
+    return {
+        "config": {
+            **{name: getattr(params, name) for name in _PARAMETERS},
+            "dir_name": DIRECTIONS[params.dir],
+            "api": options.api,
+            "domain": options.domain if options.api == "dma" else None,
+            "mappings": options.mappings,
+            "platform": options.platform,
+            "ram": options.ram,
+        },
+        "lines": linux_lines(params, result),
+        "loops": result.loops,
+        "seconds": result.seconds,
+        "hypercalls": measured.hypercalls,
+        "clock": measured.clock,
+        "map": _latencies(result, "map"),
+        "unmap": _latencies(result, "unmap"),
+        "sweep": [
+            {"mappings": count, "map": swept.map.as_dict(), "unmap": swept.unmap.as_dict()}
+            for count, swept in measured.sweep
+        ],
+    }
+
+
+def _latencies(result: MapResult, name: str) -> dict[str, Any]:
+    latencies = getattr(result, name)
+    edges, counts = latencies.histogram()
+    buckets = [[int(edge), int(count)] for edge, count in zip(edges[:-1], counts, strict=True) if count]
+    return {**latencies.as_dict(), "histogram": buckets}
