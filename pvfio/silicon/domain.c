@@ -108,6 +108,7 @@ void pv_iommu_invalidate_stage2(struct pv_iommu *iommu)
         atomic_fetch_add(&r->tlb.sequence, 1);
         atomic_fetch_add_explicit(&r->tlb.invalidations, 1, memory_order_relaxed);
         tlb_clear(&r->tlb);
+        pv_atc_invalidate(r, ATS_EVERYTHING);
     }
     for (struct requester *r = iommu->first; r; r = r->next_of_all)
         pv_section_wait(&r->section);

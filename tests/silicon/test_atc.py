@@ -220,6 +220,29 @@ def test_an_invalidate_request_smaller_than_the_unit_drops_the_unit(rig: Any) ->
     assert mapped.device.atc_stats().entries == 0
 
 
+def test_clearing_dirty_marks_reaches_the_device(mapped: Mapped) -> None:
+    """A device that still may write by its own cache would write unrecorded."""
+    stage2, iommu = mapped.rig.stage2, mapped.rig.iommu
+    block = mapped.gpa // BLOCK_SIZE * BLOCK_SIZE
+
+    def dirty() -> bool:
+        return bool(stage2.read_clear_dirty(block, BLOCK_SIZE).any())
+
+    mapped.device.read(IOVA, 4)
+    assert not dirty()
+    assert mapped.lands(b"first")
+    assert dirty()
+    mapped.device.lose_invalidations(1)
+    iommu.invalidate_stage2()
+    assert mapped.lands(b"stale")
+    assert not dirty()
+    iommu.invalidate_stage2()
+    mapped.device.read(IOVA, 4)
+    assert not dirty()
+    assert mapped.lands(b"third")
+    assert dirty()
+
+
 @settings(max_examples=60)
 @given(
     pages=st.lists(st.integers(0, 63), min_size=1, max_size=40, unique=True),
