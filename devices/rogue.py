@@ -2,7 +2,7 @@
 
 Told where, its thread writes numbered words into a window of IOVAs, round and round, whatever happens: it does not
 look at bus master enable, a function level reset does not stop it, and an aborted write is followed by the next. What
-became of each write is known (``log``), so a checker can say where every one must be. Only its own STOP register and
+became of each write is known (``log``), so a checker can say where every one must be. Only a window of no size and
 ``close`` end it. Not modelled: a device that is of any use; reads.
 
 Registers in BAR 0 (64-bit, 4 KiB), little endian, 64 bits each:
@@ -49,14 +49,14 @@ class RogueDevice(PciFunction):
     """PCI 1234:11e9, class 0x00ff00.
 
     Its engine is always a thread. ``engine`` is the handle: ``pause`` it to look at ``log`` and the memory.
-    ``log_shift``: the log holds the last 2**log_shift writes. Raises ``MemoryError``.
+    ``log_shift``: the log holds the last 2**log_shift writes. ``ats``: it may have a device TLB. Raises ``MemoryError``.
     """
 
     LANDED: Final = lib.PV_ROGUE_LANDED
     ABORTED: Final = lib.PV_ROGUE_ABORTED
     CANCELLED: Final = lib.PV_ROGUE_CANCELLED
 
-    def __init__(self, bus: BusMaster, *, log_shift: int = 20) -> None:
+    def __init__(self, bus: BusMaster, *, log_shift: int = 20, ats: bool = False) -> None:
         ptr = lib.pv_rogue_create(bus.ptr, lib.PV_ENGINE_THREAD, log_shift)
         if ptr == ffi.NULL:
             raise MemoryError("no room for a rogue device")
@@ -70,6 +70,7 @@ class RogueDevice(PciFunction):
             bus,
             PciIdentity(vendor=0x1234, device=0x11E9, class_code=0x00FF00),
             bars=(Bar(index=0, size=_PAGE),),
+            ats=ats,
         )
 
     def aim(self, iova: int, size: int) -> None:

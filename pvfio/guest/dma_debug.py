@@ -101,7 +101,9 @@ class DmaMisuseError(PvfioError):
 
 @dataclass(eq=False)
 class LiveMapping:
-    """A mapping as the driver made it. ``cpu`` names its memory, ``cpu_owned`` are the [start, end) the CPU has."""
+    """A mapping as the driver made it. ``cpu`` names its memory, ``cpu_owned`` are the [start, end) the CPU has;
+    ``leaked`` once that was reported.
+    """
 
     device: str
     kind: str
@@ -111,6 +113,7 @@ class LiveMapping:
     cpu: int
     entries: int
     at: CallSite
+    leaked: bool = False
     cpu_owned: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -262,17 +265,18 @@ class DmaDebug:
             mapping.cpu_owned.append((address, end))
 
     def unbound(self, device: str) -> None:
-        """A driver let go of its device: what it left mapped is a leak, reported once with an example.
+        """A driver let go of its device: what it left mapped is a leak, told in one report with the oldest as example.
 
-        The mappings stay known, as they stay mapped. Raises ``DmaMisuseError``.
+        The mappings stay known, as they stay mapped, and are not reported again. Raises ``DmaMisuseError``.
         """
-        left = list(self.mappings(device))
-        if left:
-            first = left[0]
-            detail = f"one of {len(left)}, mapped as {first.kind} {_DIRECTIONS[first.direction]}"
-            self._report(
-                [DmaMisuse(Rule.LEAK, device, first.address, first.size, detail, _caller(), first.at)]
-            )
+        left = [mapping for mapping in self.mappings(device) if not mapping.leaked]
+        if not left:
+            return
+        for mapping in left:
+            mapping.leaked = True
+        first = left[0]
+        detail = f"one of {len(left)}, mapped as {first.kind} {_DIRECTIONS[first.direction]}"
+        self._report([DmaMisuse(Rule.LEAK, device, first.address, first.size, detail, _caller(), first.at)])
 
     def _containing(self, device: str, address: int) -> LiveMapping | None:
         """The mapping that holds a byte: the nearest that begins at or below it and reaches it."""

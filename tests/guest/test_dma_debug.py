@@ -96,6 +96,10 @@ MISUSES: dict[str, tuple[list[Action], list[Rule]]] = {
         [],
     ),
     "left mapped": ([map_(), lambda debug: debug.unbound(DEVICE)], [Rule.LEAK]),
+    "left mapped, told once": (
+        [map_(), lambda debug: debug.unbound(DEVICE), lambda debug: debug.unbound(DEVICE)],
+        [Rule.LEAK],
+    ),
     "nothing left mapped": ([map_(), unmap(), lambda debug: debug.unbound(DEVICE)], []),
     "another's leak": ([map_(), lambda debug: debug.unbound(OTHER)], []),
     "another's mapping": (

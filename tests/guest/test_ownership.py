@@ -74,11 +74,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(platform: Any = "intel") -> AsyncIterator[Rig]:
+async def running(platform: Any = "intel", *, ats: bool = False) -> AsyncIterator[Rig]:
     config = MachineConfig(
         iommu=IommuConfig(platform=platform),
         ram=64 << 20,
-        devices=(DeviceSpec(kind="rogue", driver="edu", options={"log_shift": 24}),),
+        devices=(DeviceSpec(kind="rogue", driver="edu", options={"log_shift": 24, "ats": ats}),),
     )
     with trio.fail_after(120):
         async with Machine(config) as machine:
@@ -89,15 +89,17 @@ async def running(platform: Any = "intel") -> AsyncIterator[Rig]:
                 rig.rogue.aim(0, 0)
 
 
-@pytest.mark.parametrize("platform", ["intel", "amd"])
-async def test_every_step_of_a_group(platform: Any) -> None:
+@pytest.mark.parametrize(("platform", "ats"), [("intel", True), ("intel", False), ("amd", False)])
+async def test_every_step_of_a_group(platform: Any, ats: bool) -> None:
     """Each call's effect is there when it returns, and what it does on the way is seen by no write."""
-    async with running(platform) as rig:
+    async with running(platform, ats=ats) as rig:
         watch, group, domain = rig.watch, rig.group, rig.paging()
         for _ in range(MOVES):
             watch.step(lambda: rig.bind(None), "kernel")
             watch.step(lambda: rig.bind("vfio-pci"), "kernel")
+            assert rig.device.ats_enabled == ats
             watch.step(group.claim_dma_owner, None)
+            assert not rig.device.ats_enabled
             for _ in range(2):
                 watch.step(lambda: group.attach(domain), "user")
                 watch.step(group.detach, None)
@@ -109,10 +111,10 @@ async def test_every_step_of_a_group(platform: Any) -> None:
         assert watch.aborted
 
 
-@pytest.mark.parametrize("platform", ["intel", "amd"])
-async def test_to_vfio_and_back(platform: Any) -> None:
+@pytest.mark.parametrize(("platform", "ats"), [("intel", True), ("intel", False), ("amd", False)])
+async def test_to_vfio_and_back(platform: Any, ats: bool) -> None:
     """The whole way: driver, container, group, device, mapping, and all of it closed again."""
-    async with running(platform) as rig:
+    async with running(platform, ats=ats) as rig:
         watch = rig.watch
         for _ in range(MOVES):
             rig.bind("vfio-pci")
