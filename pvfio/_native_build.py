@@ -31,6 +31,7 @@ ROOM_HEADERS = (
     "silicon/mmio.h",
     "silicon/msix.h",
     "guest/mappings.h",
+    "guest/laps.h",
     "guest/type1_map.h",
     "vfio/wait.h",
     "devices/dsa/crc32c.h",

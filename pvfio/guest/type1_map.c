@@ -113,7 +113,9 @@ static int map_runs(struct pt_table *table, uint64_t iova, const struct pv_run *
 static void forget(struct pv_type1 *t, const struct pv_mapping *mapping)
 {
     pv_mappings_remove(t->mappings, mapping->iova, NULL);
+    pv_lap(t->laps, PV_LAP_INDEX);
     pv_memory_unpin(t->memory, (int64_t)mapping->cookie);
+    pv_lap(t->laps, PV_LAP_PIN);
     t->account->locked -= mapping->size;
     t->dma_avail++;
 }
@@ -122,20 +124,25 @@ int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t siz
 {
     uint64_t count;
     *shown = 0;
+    pv_laps_begin(t->laps);
     int error = check_map(t, iova, vaddr, size, flags);
     if (error)
         return error;
+    pv_lap(t->laps, PV_LAP_CHECK);
     int64_t extent = pin(t, iova, vaddr, size, &count);
     if (extent < 0)
         return (int)extent;
+    pv_lap(t->laps, PV_LAP_PIN);
     if (pv_mappings_insert(t->mappings, iova, size, vaddr, flags, (uint64_t)extent)) {
         pv_memory_unpin(t->memory, extent);
         return refuse(t, ENOMEM, PV_TYPE1_NO_MEMORY, iova);
     }
     t->dma_avail--;
     t->account->locked += size;
+    pv_lap(t->laps, PV_LAP_INDEX);
     for (uint32_t i = 0; i < t->table_count && !error; i++)
         error = map_runs(t->tables[i], iova, t->runs, count, flags, shown);
+    pv_lap(t->laps, PV_LAP_TABLE);
     if (!error)
         return 0;
     if (!*shown)
@@ -178,8 +185,10 @@ static void clear_tables(struct pv_type1 *t, const struct clearing *c)
     uint64_t unmapped;
     if (c->first > c->last)
         return;
+    pv_lap(t->laps, PV_LAP_INDEX);
     for (uint32_t i = 0; i < t->table_count; i++)
         pt_unmap_range(t->tables[i], c->first, c->last - c->first + 1, &unmapped);
+    pv_lap(t->laps, PV_LAP_TABLE);
     if (c->first < t->flush_first)
         t->flush_first = c->first;
     if (c->last > t->flush_last)
@@ -236,6 +245,7 @@ static int64_t unmap_one(struct pv_type1 *t, uint64_t iova, uint64_t size)
     if (live_at(t, iova, &found)) {
         if (found.iova == iova && found.size == size) { /* the usual case: one mapping exactly */
             struct clearing c = {1, 0, 0};
+            pv_lap(t->laps, PV_LAP_CHECK);
             clear_mapping(t, &c, &found);
             clear_tables(t, &c);
             return (int64_t)size;
@@ -245,6 +255,7 @@ static int64_t unmap_one(struct pv_type1 *t, uint64_t iova, uint64_t size)
     }
     if (t->v2 && live_at(t, last, &found) && found.iova + (found.size - 1) != last)
         return refuse(t, EINVAL, PV_TYPE1_SPLITS, found.iova);
+    pv_lap(t->laps, PV_LAP_CHECK);
     return clear_range(t, iova, last);
 }
 
@@ -252,6 +263,7 @@ static void begin(struct pv_type1 *t)
 {
     t->flush_first = UINT64_MAX;
     t->flush_last = 0;
+    pv_laps_begin(t->laps);
 }
 
 int64_t pv_type1_unmap(struct pv_type1 *t, uint64_t iova, uint64_t size)
@@ -294,6 +306,7 @@ int pv_type1_unmap_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, c
 void pv_type1_unmap_finish(struct pv_type1 *t, uint64_t first, uint64_t last)
 {
     struct pv_mapping found[CHUNK];
+    pv_laps_begin(t->laps);
     for (;;) {
         uint64_t n = pv_mappings_range(t->mappings, first, last, found, CHUNK);
         for (uint64_t i = 0; i < n; i++)
@@ -315,6 +328,7 @@ void pv_type1_finish_request(struct pv_type1 *t, struct vfio_iommu_type1_dma_unm
 void pv_type1_unmap_finish_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, const uint64_t *size)
 {
     struct pv_mapping found;
+    pv_laps_begin(t->laps);
     for (uint64_t i = 0; i < n; i++) {
         uint64_t last = iova[i] + (size[i] - 1);
         if (pv_mappings_find(t->mappings, iova[i], &found) && found.flags & DEAD && found.iova == iova[i] &&

@@ -16,6 +16,7 @@
 #include "../abi/abi.h"
 #include "../memory/memory.h"
 #include "../pagetable/pagetable.h"
+#include "laps.h"
 #include "mappings.h"
 
 /* cffi: begin */
@@ -59,6 +60,7 @@ struct pv_type1 {
     uint32_t reason;    /* of the last refusal */
     uint64_t where;     /* an IOVA */
     uint64_t flush_first, flush_last; /* what the last first half of an unmap cleared; empty where first > last */
+    struct pv_laps *laps; /* takes the time of every step; usually NULL */
     struct pv_run *runs; /* scratch, made by the calls; pv_type1_drop_scratch */
     uint64_t run_room;
 };
