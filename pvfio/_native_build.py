@@ -33,6 +33,8 @@ ROOM_HEADERS = (
     "guest/mappings.h",
     "guest/laps.h",
     "guest/type1_map.h",
+    "guest/iova.h",
+    "guest/dma_map.h",
     "vfio/wait.h",
     "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",

@@ -2,22 +2,26 @@
 
 Identity: a DMA address is a GPA and nothing is mapped. Strict: every mapping has IOVAs of its own, and an unmap
 returns when no device can reach the memory any more. Lazy: an unmap clears the entries and returns, and a
-flush of the whole domain follows later; until then a device may still reach the memory through its IOTLB.
+flush of the whole domain follows later (flush_queue.py); until then a device may still reach the memory through its
+IOTLB. The work of a map and an unmap is C (dma_map.c); what is here decides about flushes and errors.
 
-Not modelled: the choice per machine policy (untrusted devices, kernel command line); whoever makes a group says.
+Not modelled: the machine's policy (kernel command line, firmware); whoever makes a group says what it gets.
 """
 
 from __future__ import annotations
 
 import errno
 import typing
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from pvfio.errors import DmaMappingError, PageTableError
+from pvfio.abi import ffi, lib
+from pvfio.errors import IommuError
+from pvfio.guest.flush_queue import FlushQueue, Spawn
+from pvfio.guest.iova_domain import IovaDomain
+from pvfio.guest.transport import current_vp
 
 if TYPE_CHECKING:
-    import trio
+    from collections.abc import Sequence
 
     from pvfio.guest.paging_domain import PagingDomain
     from pvfio.guest.pviommu import PvIommu
@@ -26,9 +30,19 @@ if TYPE_CHECKING:
 __all__ = ["DmaDomain", "DomainKind", "Spawn", "check_kind"]
 
 DomainKind = Literal["identity", "strict", "lazy"]
-Spawn = Callable[[Callable[[], Coroutine[Any, Any, None]]], "trio.CancelScope"]
 
 _PAGE = 4096
+_OFFSET = _PAGE - 1
+_map = lib.pv_dma_map
+_unmap = lib.pv_dma_unmap
+_unmap_lazy = lib.pv_dma_unmap_lazy
+_end = lib.pv_dma_end
+_REASONS = {
+    errno.EINVAL: "no bytes, or no such mapping",
+    errno.EFAULT: "not memory a device can be given",
+    errno.ENOMEM: "no IOVAs or no table page",
+    errno.EIO: "not contiguous, or out of the device's reach",
+}
 
 
 def check_kind(kind: str) -> DomainKind:
@@ -39,9 +53,11 @@ def check_kind(kind: str) -> DomainKind:
 
 
 class DmaDomain:
-    """The IOVA space of one group's devices. ``domain`` is the paging domain, None for identity.
+    """The DMA addresses of one group's devices.
 
-    Sizes are bytes; ``limit`` is the highest address a device can put on the bus.
+    ``domain`` is the paging domain, ``iova`` its allocator, ``queue`` the flush queue where the kind is lazy; None
+    otherwise, the first two for identity too. Sizes are bytes; ``perm`` is read 1, write 2; ``limit`` is the highest
+    address the device can put on the bus. Every method is synchronous. Without an IOMMU only identity can be.
     """
 
     def __init__(
@@ -50,56 +66,183 @@ class DmaDomain:
         self.memory = memory
         self.kind: DomainKind = kind
         self.domain: PagingDomain | None = None
+        self.iova: IovaDomain | None = None
+        self.queue: FlushQueue | None = None
         self._spawn = spawn
+        self._ptr: Any = None
+        # Extents of mappings that lie in several, by the IOVA.
+        self._pins: dict[int, list[int]] = {}
+        # (address, VP) of ended mappings that no flush has covered.
+        self._unflushed: list[tuple[int, int]] = []
         if kind != "identity":
-            if iommu is None:
-                raise DmaMappingError(errno.ENODEV, "make a DMA domain", "no IOMMU")
-            self.domain = iommu.paging_domain()
-        self._live: dict[int, tuple[int, list[int]]] = {}
-        self._next = 0xFEE0_0000
+            self._translate(iommu)
+
+    def _translate(self, iommu: PvIommu | None) -> None:
+        if iommu is None:
+            raise IommuError(errno.ENODEV, f"make a {self.kind} domain", "no IOMMU")
+        vps = iommu.transport.vps
+        first, last = 0, (1 << iommu.width) - 1
+        regions = tuple((region.start, region.last) for region in iommu.reserved_regions)
+        self.iova = IovaDomain(first, last, vps=vps, reserved=regions)
+        self.domain = iommu.paging_domain()
+        ptr = lib.pv_dma_create(self.memory.ptr, self.domain.table.ptr, self.iova.ptr, vps)
+        if ptr == ffi.NULL:
+            self.domain.free()
+            raise MemoryError("no memory for a DMA domain")
+        self._ptr = ffi.gc(ptr, lib.pv_dma_destroy)
+        if self.kind == "lazy":
+            self.make_lazy()
 
     def make_lazy(self) -> None:
-        """From strict to lazy, with all its mappings."""
+        """From strict to lazy, with all its mappings. Raises ``ValueError`` for identity."""
+        if self.domain is None:
+            raise ValueError("an identity domain flushes nothing")
         self.kind = "lazy"
+        self.queue = FlushQueue(self._ptr, self.domain, self._spawn)
 
     def map_buffer(self, vaddr: int, size: int, perm: int, limit: int) -> int:
-        """Maps process memory of one allocation; it stays pinned while it is mapped. Raises ``OSError``."""
-        offset = vaddr % _PAGE
-        whole = -(-(offset + size) // _PAGE) * _PAGE
-        runs = self.memory.runs(vaddr - offset, whole)
-        if self.domain is None:
-            if len(runs) != 1 or runs[0][0] + whole - 1 > limit:
-                raise OSError(errno.EIO, "not contiguous, or out of reach")
-            return runs[0][0] + offset
-        pin = self.memory.pin(vaddr - offset, whole)
-        self._next -= whole
-        iova = self._next
-        try:
-            self.domain.map_runs(iova, runs, perm)
-        except PageTableError:
-            self.memory.unpin(pin)
-            raise
-        self._live[iova] = whole, [pin]
-        return iova + offset
+        """Maps process memory of one allocation and pins it; identity pins nothing. Returns the DMA address.
+
+        Raises ``OSError``: EINVAL (size 0), EFAULT (not DMA memory), ENOMEM (no IOVAs, no table page), EIO (identity:
+        not contiguous, or above ``limit``).
+        """
+        address: int
+        if self._ptr is None:
+            address = lib.pv_dma_direct(self.memory.ptr, vaddr, size, limit)
+        else:
+            address = _map(self._ptr, current_vp(), vaddr, size, perm, limit)
+        if address < 0:
+            self._refused(address)
+        return address
+
+    def map_phys(self, gpa: int, size: int, perm: int, limit: int) -> int:
+        """Maps guest memory that its owner keeps; it must be RAM. Raises ``OSError`` as ``map_buffer``."""
+        if self.memory.guest_ptr(gpa, size) == ffi.NULL:
+            raise OSError(errno.EFAULT, _REASONS[errno.EFAULT])
+        address = gpa
+        if self._ptr is not None:
+            address = lib.pv_dma_map_phys(self._ptr, current_vp(), gpa, size, perm, limit)
+        elif gpa + size - 1 > limit:
+            address = -errno.EIO
+        if address < 0:
+            self._refused(address)
+        return address
+
+    def map_runs(self, runs: Sequence[tuple[int, int]], perm: int, limit: int, pins: list[int]) -> int:
+        """Maps runs (GPA, bytes) of whole pages one after the other, and keeps their pins with the mapping.
+
+        Raises ``OSError`` as ``map_buffer``; the pins are the caller's still then. ``ValueError`` for identity.
+        """
+        if self._ptr is None:
+            raise ValueError("an identity domain maps nothing")
+        array = ffi.new("struct pv_run[]", [{"gpa": gpa, "size": size} for gpa, size in runs])
+        address: int = lib.pv_dma_map_runs(
+            self._ptr, current_vp(), array, len(runs), perm, limit, lib.PV_DMA_NO_PIN
+        )
+        if address < 0:
+            self._refused(address)
+        if pins:
+            self._pins[address & ~_OFFSET] = pins
+        return address
 
     def unmap(self, address: int, size: int) -> None:
-        """Ends a mapping. Raises ``OSError`` EINVAL for what is not mapped so; nothing has changed then."""
-        if self.domain is None:
+        """Ends a mapping, and flushes it, or leaves that to the queue; nothing to do for identity.
+
+        Raises ``OSError`` EINVAL for what is not mapped with these pages; nothing has changed then.
+        """
+        if self._ptr is None:
             return
-        offset = address % _PAGE
-        whole, pins = self._live.get(address - offset, (0, []))
-        if whole != -(-(offset + size) // _PAGE) * _PAGE:
-            raise OSError(errno.EINVAL, "no such mapping")
-        del self._live[address - offset]
-        self.domain.unmap(address - offset, whole)
-        for pin in pins:
-            self.memory.unpin(pin)
+        try:
+            if self.queue is None:
+                if _unmap(self._ptr, address, size):
+                    self._refused(-errno.EINVAL)
+                self._flush(address, size)
+                if self._pins:
+                    self._unpin(address)
+                return
+            flags: int = _unmap_lazy(self._ptr, current_vp(), address, size)
+        except OverflowError:
+            self._refused(-errno.EINVAL)
+        if flags:
+            self._queued(flags, address, size)
+        if self._pins:
+            self._unpin(address)
+
+    def is_mapped(self, address: int) -> bool:
+        """Whether a device can read that byte; always, for identity."""
+        return self.domain is None or self.domain.iova_to_phys(address) is not None
+
+    def flush(self) -> bool:
+        """Flushes the queue now; False where the host refuses."""
+        return self.queue is None or (self.queue.flush() and self._settle())
 
     def close(self) -> None:
-        """Frees it. Raises ``IommuError`` EBUSY while a device is in it."""
-        if self.domain is not None:
-            self.domain.free()
-            for _, pins in self._live.values():
-                for pin in pins:
-                    self.memory.unpin(pin)
-            self._live.clear()
+        """Frees it, and the pins of what is still mapped. Raises ``IommuError`` EBUSY while a device is in it."""
+        if self.domain is None or self.iova is None or not self.domain.live:
+            return
+        self.domain.free()
+        if self.queue is not None:
+            self.queue.close()
+        for _, _, pin in self.iova.ranges():
+            if pin >= 0:
+                self.memory.unpin(pin)
+        for iova in list(self._pins):
+            self._unpin(iova)
+        self._ptr = self.iova = None
+
+    def _flush(self, address: int, size: int) -> None:
+        assert self.domain is not None
+        start = address & ~_OFFSET
+        if self.domain.flush_range(start, (address + size - 1) | _OFFSET):
+            _end(self._ptr, current_vp(), start)
+            if self._unflushed:
+                self._settle()
+        else:
+            # The IOVAs, and the memory, must not be used again before a flush that covers them.
+            self._unflushed.append((start, current_vp()))
+
+    def _settle(self) -> bool:
+        for address, vp in self._unflushed:
+            _end(self._ptr, vp, address)
+        self._unflushed.clear()
+        return True
+
+    def _queued(self, flags: int, address: int, size: int) -> None:
+        """What C had to say of a lazy unmap."""
+        assert self.queue is not None
+        if flags == -errno.ENOSPC:
+            # Full, and the host refused to flush; try once more, and keep the range where it refuses again.
+            flushed = self.flush()
+            if _unmap(self._ptr, address, size):
+                self._refused(-errno.EINVAL)
+            if flushed:
+                flags = lib.pv_dma_queue(self._ptr, current_vp(), address)
+            else:
+                self._unflushed.append((address & ~_OFFSET, current_vp()))
+                return
+        if flags < 0:
+            self._refused(flags)
+        if flags:
+            self.queue.added(flags)
+            if self._unflushed and not len(self.queue):
+                self._settle()
+
+    def _unpin(self, address: int) -> None:
+        for pin in self._pins.pop(address & ~_OFFSET, ()):
+            self.memory.unpin(pin)
+
+    def _refused(self, error: int) -> NoReturn:
+        """Takes back what a map had done before it was refused, and raises."""
+        if self._ptr is not None:
+            iova = ffi.new("uint64_t *")
+            size = lib.pv_dma_failed(self._ptr, iova)
+            if size and self.queue is None:
+                self._flush(iova[0], size)
+            elif size:
+                flags = lib.pv_dma_queue(self._ptr, current_vp(), iova[0])
+                if flags == -errno.ENOSPC:
+                    self._unflushed.append((iova[0], current_vp()))
+                elif flags > 0:
+                    assert self.queue is not None
+                    self.queue.added(flags)
+        raise OSError(-error, _REASONS.get(-error, errno.errorcode.get(-error, "")))

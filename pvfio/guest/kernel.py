@@ -26,6 +26,7 @@ from pvfio.guest.iommu_group import IommuGroup
 from pvfio.guest.logical_id import LogicalIdRegistry
 from pvfio.guest.pci import PciDevice, VpciChannel, enumerate_bus
 from pvfio.guest.pviommu import PvIommu
+from pvfio.guest.swiotlb import BouncePool
 from pvfio.guest.transport import HypercallEntry, HypercallTransport
 from pvfio.guest.type1 import LockedMemory, Type1, Type1Limits
 from pvfio.guest.vfio_container import ContainerFile
@@ -66,6 +67,7 @@ class GuestKernel:
         self.memory = memory
         self.default_domain = check_kind(default_domain)
         self.dma_debug: DmaDebugHook | None = None
+        self._bounce_pool: BouncePool | None = None
         self.limits = limits or Type1Limits()
         self.transport = HypercallTransport(memory, entry, vps)
         try:
@@ -103,6 +105,13 @@ class GuestKernel:
 
         self._nursery.start_soon(run)
         return scope
+
+    @property
+    def bounce_pool(self) -> BouncePool:
+        """The DMA API's bounce buffers, made when first asked for. Raises ``MemoryError``."""
+        if self._bounce_pool is None:
+            self._bounce_pool = BouncePool(self.memory)
+        return self._bounce_pool
 
     def add_bus(
         self, channel: VpciChannel, *, isolated: bool = True, driver: str | None = VFIO_PCI

@@ -4,8 +4,9 @@ Mapping makes no hypercall: an entry that was not present is not cached. Unmappi
 range, flushes it with one list entry, and only then hands emptied table pages back (the flush drops page-walk
 caches too).
 
-Not modelled: dirty tracking (stage-1 leaves are written dirty), PASIDs, deferred ("lazy") flushing. Mapping
-does not refuse the interrupt window; keeping reserved regions out is the caller's duty.
+Not modelled: dirty tracking (stage-1 leaves are written dirty), PASIDs. When to flush is the caller's affair
+(the DMA API's lazy domains defer it), and mapping does not refuse the interrupt window; keeping reserved regions
+out is the caller's duty.
 """
 
 from __future__ import annotations
@@ -167,9 +168,13 @@ class PagingDomain(Domain):
             gather.start, gather.last = (1 << _ADDRESS_BITS) - 1, 0
             self._flush(start, last)
 
-    def flush_range(self, start: int, last: int) -> None:
-        """Flushes bytes ``start`` to ``last`` (inclusive), whose entries somebody else has cleared in the table."""
+    def flush_range(self, start: int, last: int) -> bool:
+        """Flushes bytes ``start`` to ``last`` (inclusive), whose entries somebody else has cleared in the table.
+
+        True when no flush is owed any more; False where the host has refused, and a later flush will cover these.
+        """
         self._flush(start, last)
+        return self._owed is None
 
     def flush_all(self) -> None:
         """Drops every cached translation. Raises ``HypercallError`` where the host refuses."""
