@@ -13,6 +13,7 @@
 #include "vfio.h"
 #include "pci.h"
 #include "dsa.h"
+#include "nvme.h"
 #pragma pack(pop)
 
 #endif
