@@ -39,6 +39,7 @@ ROOM_HEADERS = (
     "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",
     "devices/rogue.h",
+    "devices/nvme/nvme_engine.h",
     "workloads/bench_loops.h",
     "workloads/latency.h",
     "workloads/map_loop.h",

@@ -6,7 +6,7 @@
  */
 #include "dif.h"
 
-#include "crc16_t10.h"
+#include "silicon/crc16_t10.h"
 
 static uint16_t get16(const uint8_t *p)
 {
@@ -37,7 +37,7 @@ static uint16_t app_of(const struct dsa_dif_tags *tags, uint64_t n)
 static uint16_t guard_of(const struct dsa_dif *dif, const uint8_t *data)
 {
     uint16_t seed = dif->flags & DSA_DIF_FLAG_INVERT_CRC_SEED ? 0xffff : 0;
-    uint16_t crc = dsa_crc16_t10(seed, data, dif->block);
+    uint16_t crc = pv_crc16_t10(seed, data, dif->block);
     return dif->flags & DSA_DIF_FLAG_INVERT_CRC_RESULT ? (uint16_t)~crc : crc;
 }
 

@@ -10,7 +10,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "crc16_t10.h"
+#include "silicon/crc16_t10.h"
 #include "crc32c.h"
 #include "dsa_private.h"
 
@@ -349,6 +349,6 @@ uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable)
 uint16_t pv_dsa_crc16_t10(uint16_t crc, const void *data, uint64_t n, int way)
 {
     if (way == 2)
-        return dsa_crc16_t10_portable(crc, data, n);
-    return way ? dsa_crc16_t10_narrow(crc, data, n) : dsa_crc16_t10(crc, data, n);
+        return pv_crc16_t10_portable(crc, data, n);
+    return way ? pv_crc16_t10_narrow(crc, data, n) : pv_crc16_t10(crc, data, n);
 }

@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #define SPIN_NS 10000
+#define FOREVER UINT64_MAX
 
 struct pv_engine {
     pv_engine_step step;
@@ -33,6 +34,7 @@ struct pv_engine {
     _Atomic uint32_t pausing;
     _Atomic uint32_t stopped;
     _Atomic int64_t stop_in; /* gates to pass before the stop point; < 0: none */
+    _Atomic uint64_t wake_at; /* 0: never */
     _Atomic uint64_t gates, sleeps;
     int stop_fd;
 };
@@ -76,6 +78,18 @@ static void run_inline(struct pv_engine *e)
     }
 }
 
+/* How long a sleep may last; 0: not at all. */
+static uint64_t longest_sleep(struct pv_engine *e)
+{
+    uint64_t wake_at = atomic_load(&e->wake_at), longest = e->poll_ns ? e->poll_ns : FOREVER;
+    if (!wake_at)
+        return longest;
+    uint64_t now = now_ns();
+    if (wake_at <= now)
+        return 0;
+    return wake_at - now < longest ? wake_at - now : longest;
+}
+
 static void idle(struct pv_engine *e, uint32_t seen)
 {
     uint64_t until = now_ns() + SPIN_NS;
@@ -87,9 +101,10 @@ static void idle(struct pv_engine *e, uint32_t seen)
         }
     } while (now_ns() < until);
     atomic_store(&e->sleeping, 1);
-    if (atomic_load(&e->kicks) == seen) {
+    uint64_t longest = longest_sleep(e);
+    if (longest && atomic_load(&e->kicks) == seen) {
         atomic_fetch_add_explicit(&e->sleeps, 1, memory_order_relaxed);
-        futex_wait(&e->kicks, seen, e->poll_ns);
+        futex_wait(&e->kicks, seen, longest == FOREVER ? 0 : longest);
     }
     atomic_store(&e->sleeping, 0);
 }
@@ -116,13 +131,12 @@ static void free_engine(struct pv_engine *e)
     free(e);
 }
 
-/* Signals are the program's: an engine's thread takes none. */
-static int start_thread(struct pv_engine *e)
+int pv_start_thread(pthread_t *thread, void *(*run)(void *), void *arg)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&e->thread, NULL, run_thread, e);
+    int error = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return error;
 }
@@ -139,7 +153,7 @@ struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, 
     atomic_init(&e->stop_in, -1);
     pthread_mutex_init(&e->run, NULL);
     e->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (e->stop_fd < 0 || (kind == PV_ENGINE_THREAD && start_thread(e))) {
+    if (e->stop_fd < 0 || (kind == PV_ENGINE_THREAD && pv_start_thread(&e->thread, run_thread, e))) {
         free_engine(e);
         return NULL;
     }
@@ -165,6 +179,11 @@ void pv_engine_destroy(struct pv_engine *e)
         pthread_join(e->thread, NULL);
     }
     free_engine(e);
+}
+
+void pv_engine_wake_at(struct pv_engine *e, uint64_t when)
+{
+    atomic_store(&e->wake_at, when);
 }
 
 bool pv_engine_gate(struct pv_engine *e)

@@ -9,6 +9,7 @@
 #ifndef PVFIO_ENGINE_H
 #define PVFIO_ENGINE_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -48,6 +49,10 @@ void pv_engine_stats(struct pv_engine *engine, struct pv_engine_stats *out);
 
 /* poll_ns: 0, or how often a threaded engine looks for work nobody announced (at most 1 ms is 1000000). */
 struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, uint64_t poll_ns);
+/* From a step: a threaded engine does not sleep beyond that time (CLOCK_MONOTONIC, ns); 0: as long as it likes. */
+void pv_engine_wake_at(struct pv_engine *engine, uint64_t when);
+/* A thread of a device's own: signals are the program's, it takes none. 0 or an errno. */
+int pv_start_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 /* Before a descriptor: true to go on, false: return PV_STEP_STOPPED now and begin with this descriptor next time. */
 bool pv_engine_gate(struct pv_engine *engine);
 /* True when somebody waits in pv_engine_pause: a step that has much left to do returns PV_STEP_PROGRESS soon. */

@@ -41,7 +41,7 @@ static const uint16_t table[8][256] = {
     TABLE(0xcabc, 0x1ecf, 0x3d9e, 0x7b3c, 0xf678, 0x6747, 0xce8e, 0x16ab),
 };
 
-uint16_t dsa_crc16_t10_portable(uint16_t crc, const uint8_t *data, uint64_t n)
+uint16_t pv_crc16_t10_portable(uint16_t crc, const uint8_t *data, uint64_t n)
 {
     for (; n >= 8; data += 8, n -= 8)
         crc = table[7][data[0] ^ crc >> 8] ^ table[6][data[1] ^ (crc & 0xff)] ^ table[5][data[2]] ^
@@ -136,7 +136,7 @@ HARDWARE static uint16_t crc16_hardware(uint16_t crc, const uint8_t *data, uint6
     for (data += folded, n -= folded; n >= 16; data += 16, n -= 16)
         value = _mm_xor_si128(fold(value, by16), load(data));
     _mm_storeu_si128((__m128i *)(void *)rest, reversed(value));
-    return dsa_crc16_t10_portable(dsa_crc16_t10_portable(0, rest, sizeof(rest)), data, n);
+    return pv_crc16_t10_portable(pv_crc16_t10_portable(0, rest, sizeof(rest)), data, n);
 }
 
 static bool can_be_wide(void)
@@ -146,20 +146,20 @@ static bool can_be_wide(void)
 }
 #endif
 
-uint16_t dsa_crc16_t10_narrow(uint16_t crc, const uint8_t *data, uint64_t n)
+uint16_t pv_crc16_t10_narrow(uint16_t crc, const uint8_t *data, uint64_t n)
 {
 #if defined(__x86_64__)
     if (n >= 64 && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("pclmul"))
         return crc16_hardware(crc, data, n, false);
 #endif
-    return dsa_crc16_t10_portable(crc, data, n);
+    return pv_crc16_t10_portable(crc, data, n);
 }
 
-uint16_t dsa_crc16_t10(uint16_t crc, const uint8_t *data, uint64_t n)
+uint16_t pv_crc16_t10(uint16_t crc, const uint8_t *data, uint64_t n)
 {
 #if defined(__x86_64__)
     if (n >= 256 && can_be_wide())
         return crc16_hardware(crc, data, n, true);
 #endif
-    return dsa_crc16_t10_narrow(crc, data, n);
+    return pv_crc16_t10_narrow(crc, data, n);
 }

@@ -1,0 +1,436 @@
+/*
+ * Making and configuring the NVMe data path (see nvme_engine.h): enabling, queues, namespaces, admin hand-over.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "nvme_private.h"
+
+#define PAGE 4096u
+#define COALESCE_UNIT_NS 100000u
+
+uint64_t nvme_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+void nvme_event(struct pv_nvme *nvme, uint32_t event)
+{
+    if (!(atomic_fetch_or(&nvme->events, event) & event))
+        eventfd_write(nvme->event_fd, 1);
+}
+
+void nvme_fatal(struct pv_nvme *nvme)
+{
+    /* A reset that goes on cancels DMA: what fails because of it is not the controller's failure. */
+    if (atomic_load(&nvme->bus->cancel) || atomic_exchange(&nvme->fatal, 1))
+        return;
+    nvme_event(nvme, PV_NVME_EVENT_FATAL);
+}
+
+static bool allocate(struct pv_nvme *nvme)
+{
+    nvme->doorbell_bytes = (((uint64_t)2 * PV_NVME_QUEUES * 4 << nvme->config.dstrd) + PAGE - 1) & ~(uint64_t)(PAGE - 1);
+    void *page = mmap(NULL, nvme->doorbell_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED)
+        return false;
+    nvme->doorbell = page;
+    nvme->admin = calloc(NVME_AQA_MAX, sizeof(*nvme->admin));
+    nvme->bounce = malloc(NVME_BOUNCE);
+    nvme->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return nvme->admin && nvme->bounce && nvme->event_fd >= 0;
+}
+
+struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind)
+{
+    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > 9 || !msix)
+        return NULL;
+    struct pv_nvme *nvme = calloc(1, sizeof(*nvme));
+    if (!nvme)
+        return NULL;
+    nvme->config = *config;
+    nvme->bus = pv_bus_get(bus);
+    nvme->msix = pv_msix_get(msix);
+    nvme->threaded = kind == PV_ENGINE_THREAD;
+    nvme->mmio = (struct pv_mmio){&nvme_mmio_ops, nvme, 0};
+    nvme->event_fd = -1;
+    nvme->answers_end = &nvme->answers;
+    nvme->synced_end = &nvme->synced;
+    atomic_init(&nvme->due, NVME_NEVER);
+    pthread_mutex_init(&nvme->lock, NULL);
+    pv_nvme_set_arbitration(nvme, 7, 0, 0, 0);
+    if (allocate(nvme)) {
+        nvme->mmio.size = NVME_REG_DBS + nvme->doorbell_bytes;
+        nvme->engine = pv_engine_create(nvme_step, nvme, kind, config->poll_doorbells ? 1000000 : 0);
+    }
+    if (!nvme->engine) {
+        pv_nvme_destroy(nvme);
+        return NULL;
+    }
+    atomic_store_explicit(&nvme->ready, true, memory_order_release);
+    return nvme;
+}
+
+static void drop_namespace(struct nvme_namespace *ns)
+{
+    pv_nvme_backing_put(ns->backing);
+    free(ns->metadata);
+    free(ns->unusable);
+    *ns = (struct nvme_namespace){0};
+}
+
+void pv_nvme_destroy(struct pv_nvme *nvme)
+{
+    if (!nvme)
+        return;
+    if (nvme->engine)
+        pv_nvme_disable(nvme);
+    nvme_sync_destroy(nvme); /* it kicks the engine */
+    pv_engine_destroy(nvme->engine);
+    for (uint32_t i = 0; i < PV_NVME_NAMESPACES; i++)
+        drop_namespace(&nvme->ns[i]);
+    if (nvme->doorbell)
+        munmap((void *)nvme->doorbell, nvme->doorbell_bytes);
+    if (nvme->event_fd >= 0)
+        close(nvme->event_fd);
+    free(nvme->admin);
+    free(nvme->bounce);
+    pthread_mutex_destroy(&nvme->lock);
+    pv_msix_destroy(nvme->msix);
+    pv_bus_destroy(nvme->bus);
+    free(nvme);
+}
+
+struct pv_engine *pv_nvme_engine(struct pv_nvme *nvme)
+{
+    return nvme->engine;
+}
+
+struct pv_mmio *pv_nvme_mmio(struct pv_nvme *nvme)
+{
+    return &nvme->mmio;
+}
+
+void pv_nvme_decode(struct pv_nvme *nvme, int on)
+{
+    atomic_store(&nvme->decode, on ? 1u : 0u);
+}
+
+uint8_t *pv_nvme_doorbells(struct pv_nvme *nvme, uint64_t *size)
+{
+    *size = nvme->doorbell_bytes;
+    return (uint8_t *)nvme->doorbell;
+}
+
+int pv_nvme_event_fd(struct pv_nvme *nvme)
+{
+    return nvme->event_fd;
+}
+
+uint32_t pv_nvme_events(struct pv_nvme *nvme)
+{
+    eventfd_t count;
+    eventfd_read(nvme->event_fd, &count);
+    return atomic_exchange(&nvme->events, 0);
+}
+
+static void make_queue(struct pv_nvme *nvme, uint32_t index)
+{
+    atomic_store(&nvme->doorbell[((uint64_t)index << (2 + nvme->config.dstrd)) / 4], 0);
+    nvme->heard[index] = 0;
+}
+
+static void make_sq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, uint32_t cq, uint32_t priority)
+{
+    make_queue(nvme, 2 * id);
+    nvme->sq[id] = (struct nvme_sq){.live = true, .size = size, .cq = cq, .priority = priority, .base = base};
+    nvme->cq[cq].users++;
+}
+
+static void make_cq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, bool interrupts, uint32_t vector)
+{
+    make_queue(nvme, 2 * id + 1);
+    nvme->cq[id] = (struct nvme_cq){
+        .live = true, .phase = true, .interrupts = interrupts, .size = size, .vector = vector, .base = base};
+}
+
+int pv_nvme_enable(struct pv_nvme *nvme, uint64_t asq, uint32_t asq_size, uint64_t acq, uint32_t acq_size,
+                   uint32_t page_shift, uint32_t ams)
+{
+    uint64_t page = 1ull << page_shift;
+    if (page_shift < 12 || page_shift > 16 || asq_size < 2 || acq_size < 2 || asq_size > NVME_AQA_MAX ||
+        acq_size > NVME_AQA_MAX || (asq | acq) & (page - 1) || atomic_load(&nvme->enabled))
+        return -EINVAL;
+    pv_engine_pause(nvme->engine);
+    nvme->page_shift = page_shift;
+    nvme->ams = ams;
+    make_cq(nvme, 0, acq, acq_size, true, 0);
+    make_sq(nvme, 0, asq, asq_size, 0, NVME_SQ_QPRIO_URGENT);
+    atomic_store(&nvme->enabled, 1);
+    pv_engine_unpause(nvme->engine);
+    return 0;
+}
+
+static void drop_answers(struct pv_nvme *nvme)
+{
+    pthread_mutex_lock(&nvme->lock);
+    while (nvme->answers) {
+        struct nvme_answer *next = nvme->answers->next;
+        free(nvme->answers);
+        nvme->answers = next;
+        atomic_fetch_sub(&nvme->inbox, 1);
+    }
+    nvme->answers_end = &nvme->answers;
+    nvme->admin_count = 0;
+    pthread_mutex_unlock(&nvme->lock);
+}
+
+void pv_nvme_disable(struct pv_nvme *nvme)
+{
+    pv_engine_pause(nvme->engine);
+    atomic_store(&nvme->enabled, 0);
+    nvme_end_waiting(nvme, -1, 0);
+    drop_answers(nvme);
+    for (uint32_t i = 0; i < PV_NVME_QUEUES; i++) {
+        free(nvme->cq[i].backlog);
+        nvme->sq[i] = (struct nvme_sq){0};
+        nvme->cq[i] = (struct nvme_cq){0};
+    }
+    for (uint32_t i = 0; i < 4; i++)
+        atomic_store(&nvme->rung[i], 0);
+    memset(nvme->heard, 0, sizeof(nvme->heard));
+    memset(nvme->ready_sq, 0, sizeof(nvme->ready_sq));
+    memset(nvme->uncoalesced, 0, sizeof(nvme->uncoalesced));
+    nvme->shadow = nvme->event_index = 0;
+    nvme->coalesce_threshold = 0;
+    nvme->coalesce_ns = 0;
+    pv_nvme_set_arbitration(nvme, 7, 0, 0, 0);
+    atomic_store(&nvme->pin_mask, 0);
+    atomic_store(&nvme->fatal, 0);
+    atomic_fetch_and(&nvme->events, ~(uint32_t)(PV_NVME_EVENT_ADMIN | PV_NVME_EVENT_FATAL));
+    nvme_set_due(nvme);
+    pv_engine_unpause(nvme->engine);
+}
+
+int pv_nvme_create_cq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, int interrupts, uint32_t vector)
+{
+    if (!id || id >= PV_NVME_QUEUES || nvme->cq[id].live)
+        return NVME_SC_QID_INVALID;
+    if (size < 2 || size > 65536)
+        return NVME_SC_QUEUE_SIZE;
+    if (base & ((1ull << nvme->page_shift) - 1))
+        return NVME_SC_PRP_INVALID_OFFSET;
+    pv_engine_pause(nvme->engine);
+    make_cq(nvme, id, base, size, interrupts, vector);
+    pv_engine_unpause(nvme->engine);
+    return 0;
+}
+
+int pv_nvme_create_sq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, uint32_t cq, uint32_t priority)
+{
+    if (!id || id >= PV_NVME_QUEUES || nvme->sq[id].live)
+        return NVME_SC_QID_INVALID;
+    if (!cq || cq >= PV_NVME_QUEUES)
+        return NVME_SC_QID_INVALID;
+    if (!nvme->cq[cq].live)
+        return NVME_SC_CQ_INVALID;
+    if (size < 2 || size > 65536)
+        return NVME_SC_QUEUE_SIZE;
+    if (base & ((1ull << nvme->page_shift) - 1))
+        return NVME_SC_PRP_INVALID_OFFSET;
+    pv_engine_pause(nvme->engine);
+    make_sq(nvme, id, base, size, cq, priority & 3);
+    pv_engine_unpause(nvme->engine);
+    return 0;
+}
+
+int pv_nvme_delete_sq(struct pv_nvme *nvme, uint32_t id)
+{
+    if (!id || id >= PV_NVME_QUEUES || !nvme->sq[id].live)
+        return NVME_SC_QID_INVALID;
+    pv_engine_pause(nvme->engine);
+    nvme_end_waiting(nvme, (int)id, NVME_SC_ABORT_QUEUE);
+    nvme->cq[nvme->sq[id].cq].users--;
+    nvme->sq[id] = (struct nvme_sq){0};
+    nvme->ready_sq[id / 64] &= ~(1ull << id % 64);
+    pv_engine_unpause(nvme->engine);
+    return 0;
+}
+
+int pv_nvme_delete_cq(struct pv_nvme *nvme, uint32_t id)
+{
+    if (!id || id >= PV_NVME_QUEUES || !nvme->cq[id].live)
+        return NVME_SC_QID_INVALID;
+    if (nvme->cq[id].users)
+        return NVME_SC_INVALID_QUEUE;
+    pv_engine_pause(nvme->engine);
+    free(nvme->cq[id].backlog);
+    nvme->cq[id] = (struct nvme_cq){0};
+    pv_engine_unpause(nvme->engine);
+    return 0;
+}
+
+int pv_nvme_set_shadow(struct pv_nvme *nvme, uint64_t shadow, uint64_t event_index)
+{
+    uint64_t page = 1ull << nvme->page_shift;
+    if ((shadow | event_index) & (page - 1) || nvme->doorbell_bytes > page)
+        return -EINVAL;
+    pv_engine_pause(nvme->engine);
+    nvme->shadow = shadow;
+    nvme->event_index = event_index;
+    pv_engine_unpause(nvme->engine);
+    return 0;
+}
+
+void pv_nvme_set_arbitration(struct pv_nvme *nvme, uint32_t burst, uint32_t low, uint32_t medium, uint32_t high)
+{
+    if (nvme->engine)
+        pv_engine_pause(nvme->engine);
+    nvme->burst = burst >= 7 ? NVME_BURST : 1u << burst > NVME_BURST ? NVME_BURST : 1u << burst;
+    nvme->weight[NVME_SQ_QPRIO_HIGH] = high + 1;
+    nvme->weight[NVME_SQ_QPRIO_MEDIUM] = medium + 1;
+    nvme->weight[NVME_SQ_QPRIO_LOW] = low + 1;
+    if (nvme->engine)
+        pv_engine_unpause(nvme->engine);
+}
+
+void pv_nvme_set_coalescing(struct pv_nvme *nvme, uint32_t threshold, uint32_t time)
+{
+    pv_engine_pause(nvme->engine);
+    nvme->coalesce_threshold = threshold;
+    nvme->coalesce_ns = (uint64_t)time * COALESCE_UNIT_NS;
+    nvme_ring_due(nvme, NVME_NEVER);
+    pv_engine_unpause(nvme->engine);
+}
+
+void pv_nvme_set_vector_coalescing(struct pv_nvme *nvme, uint32_t vector, int on)
+{
+    if (vector >= 2048)
+        return;
+    pv_engine_pause(nvme->engine);
+    uint64_t bit = 1ull << vector % 64;
+    nvme->uncoalesced[vector / 64] = on ? nvme->uncoalesced[vector / 64] & ~bit : nvme->uncoalesced[vector / 64] | bit;
+    pv_engine_unpause(nvme->engine);
+}
+
+uint32_t pv_nvme_take_admin(struct pv_nvme *nvme, struct nvme_command *out, uint32_t max)
+{
+    pthread_mutex_lock(&nvme->lock);
+    bool was_full = nvme->admin_count == NVME_AQA_MAX;
+    uint32_t count = 0;
+    for (; count < max && nvme->admin_count; count++, nvme->admin_count--) {
+        out[count] = nvme->admin[nvme->admin_head];
+        nvme->admin_head = (nvme->admin_head + 1) % NVME_AQA_MAX;
+    }
+    pthread_mutex_unlock(&nvme->lock);
+    if (was_full && count)
+        pv_engine_kick(nvme->engine);
+    return count;
+}
+
+void pv_nvme_complete(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result)
+{
+    struct nvme_answer *answer = malloc(sizeof(*answer));
+    if (!answer) {
+        nvme_fatal(nvme);
+        return;
+    }
+    *answer = (struct nvme_answer){NULL, sq, status, cid, result};
+    pthread_mutex_lock(&nvme->lock);
+    *nvme->answers_end = answer;
+    nvme->answers_end = &answer->next;
+    atomic_fetch_add(&nvme->inbox, 1);
+    pthread_mutex_unlock(&nvme->lock);
+    pv_engine_kick(nvme->engine);
+}
+
+void pv_nvme_set_pin(struct pv_nvme *nvme, int on)
+{
+    atomic_store(&nvme->pin, on ? 1u : 0u);
+    nvme_event(nvme, PV_NVME_EVENT_PIN);
+}
+
+int pv_nvme_pin(struct pv_nvme *nvme)
+{
+    int level = 0;
+    if (!atomic_load(&nvme->pin) || atomic_load(&nvme->pin_mask) & 1)
+        return 0;
+    pv_engine_pause(nvme->engine);
+    for (uint32_t i = 0; i < PV_NVME_QUEUES; i++)
+        level |= nvme->cq[i].live && nvme->cq[i].interrupts && nvme->cq[i].head != nvme->cq[i].tail;
+    pv_engine_unpause(nvme->engine);
+    return level;
+}
+
+void pv_nvme_mask_pin(struct pv_nvme *nvme, uint32_t mask)
+{
+    atomic_store(&nvme->pin_mask, mask);
+    nvme_event(nvme, PV_NVME_EVENT_PIN);
+}
+
+static bool format_fits(const struct pv_nvme_backing *backing, const struct pv_nvme_format *format)
+{
+    if (format->lba_shift < 9 || format->lba_shift > 16 || format->metadata > 64 || format->pi > 1 ||
+        (format->pi && format->metadata < sizeof(struct nvme_pi_tuple)) || !format->blocks)
+        return false;
+    return format->blocks <= backing->size >> format->lba_shift;
+}
+
+int pv_nvme_set_namespace(struct pv_nvme *nvme, uint32_t nsid, struct pv_nvme_backing *backing,
+                          const struct pv_nvme_format *format)
+{
+    if (!nsid || nsid > PV_NVME_NAMESPACES || (backing && !format_fits(backing, format)))
+        return -EINVAL;
+    struct nvme_namespace made = {0};
+    if (backing) {
+        made.format = *format;
+        made.format.read_only |= backing->read_only;
+        if (format->metadata && !(made.metadata = malloc(format->blocks * format->metadata)))
+            return -ENOMEM;
+        if (made.metadata)
+            memset(made.metadata, 0xff, format->blocks * format->metadata); /* tags that are not checked, NVM 5.2.1.4 */
+        made.backing = pv_nvme_backing_get(backing);
+    }
+    pv_engine_pause(nvme->engine);
+    struct nvme_namespace old = nvme->ns[nsid - 1];
+    nvme->ns[nsid - 1] = made;
+    pv_engine_unpause(nvme->engine);
+    drop_namespace(&old);
+    return 0;
+}
+
+void pv_nvme_write_protect(struct pv_nvme *nvme, uint32_t nsid, int on)
+{
+    if (!nsid || nsid > PV_NVME_NAMESPACES)
+        return;
+    pv_engine_pause(nvme->engine);
+    nvme->ns[nsid - 1].write_protected = on;
+    pv_engine_unpause(nvme->engine);
+}
+
+void pv_nvme_refuse_io(struct pv_nvme *nvme, uint32_t status)
+{
+    pv_engine_pause(nvme->engine);
+    nvme->refuse = status;
+    pv_engine_unpause(nvme->engine);
+}
+
+void pv_nvme_get_stats(struct pv_nvme *nvme, struct pv_nvme_stats *out)
+{
+    pv_engine_pause(nvme->engine);
+    *out = nvme->stats;
+    pv_engine_unpause(nvme->engine);
+}
+
+uint64_t pv_nvme_due(struct pv_nvme *nvme)
+{
+    uint64_t due = atomic_load(&nvme->due);
+    return due == NVME_NEVER ? 0 : due;
+}

@@ -1,0 +1,203 @@
+/*
+ * Data pointers: PRP entries and lists (Base 4.1.1), scatter gather lists (Base 4.1.2), and moving bytes through them.
+ *
+ * A pointer is read as a whole before the first byte moves, so a malformed one moves none; one that does not translate
+ * ends where it does not (Data Transfer Error). Neighbouring pages become one segment.
+ */
+#include <string.h>
+
+#include "nvme_private.h"
+
+#define DNR(status) ((status) | NVME_STATUS_DNR)
+#define SGL_PER_READ 32
+
+static uint32_t add(struct nvme_data *data, uint64_t iova, uint64_t len, bool bucket)
+{
+    struct nvme_segment *last = data->count ? &data->segment[data->count - 1] : NULL;
+    if (last && !bucket && !last->bucket && last->iova + last->len == iova) {
+        last->len += len;
+        return 0;
+    }
+    if (data->count == NVME_MAX_SEGMENTS)
+        return DNR(NVME_SC_SGL_INVALID_COUNT);
+    data->segment[data->count++] = (struct nvme_segment){iova, len, bucket};
+    return 0;
+}
+
+static uint32_t map_list(struct pv_nvme *nvme, uint64_t list, uint64_t n, struct nvme_data *data)
+{
+    const uint64_t page = 1ull << nvme->page_shift;
+    uint64_t entry[512];
+    if (list & 7)
+        return DNR(NVME_SC_PRP_INVALID_OFFSET);
+    while (n) {
+        uint64_t fit = (page - (list & (page - 1))) / 8, want = (n + page - 1) / page;
+        bool chained = want > fit;
+        uint64_t count = chained ? fit : want;
+        if (count > 512) { /* pages of more than 4 KiB: the list is read in parts */
+            count = 512;
+            chained = false;
+        }
+        struct pv_dma dma;
+        if (pv_bus_read(nvme->bus, list, entry, count * 8, &dma))
+            return DNR(NVME_SC_DATA_XFER_ERROR);
+        uint64_t pages = chained ? count - 1 : count;
+        for (uint64_t i = 0; i < pages; i++) {
+            uint64_t len = n < page ? n : page;
+            if (entry[i] & (page - 1))
+                return DNR(NVME_SC_PRP_INVALID_OFFSET);
+            uint32_t error = add(data, entry[i], len, false);
+            if (error)
+                return error;
+            n -= len;
+        }
+        if (chained && (entry[count - 1] & (page - 1)))
+            return DNR(NVME_SC_PRP_INVALID_OFFSET);
+        list = chained ? entry[count - 1] : list + count * 8;
+    }
+    return 0;
+}
+
+static uint32_t map_prp(struct pv_nvme *nvme, const struct nvme_command *cmd, uint64_t n, struct nvme_data *data)
+{
+    const uint64_t page = 1ull << nvme->page_shift;
+    uint64_t first = page - (cmd->prp1 & (page - 1));
+    if (cmd->prp1 & 3)
+        return DNR(NVME_SC_PRP_INVALID_OFFSET);
+    data->segment[data->count++] = (struct nvme_segment){cmd->prp1, n < first ? n : first, false};
+    if (n <= first)
+        return 0;
+    n -= first;
+    if (n > page)
+        return map_list(nvme, cmd->prp2, n, data);
+    if (cmd->prp2 & (page - 1))
+        return DNR(NVME_SC_PRP_INVALID_OFFSET);
+    return add(data, cmd->prp2, n, false);
+}
+
+static uint32_t map_block(const struct nvme_sgl_desc *desc, uint64_t *left, struct nvme_data *data)
+{
+    uint64_t len = desc->length < *left ? desc->length : *left;
+    if (!len)
+        return 0;
+    *left -= len;
+    return add(data, desc->addr, len, desc->type >> NVME_SGL_TYPE_SHIFT == NVME_SGL_BIT_BUCKET);
+}
+
+/* Descriptors of one segment; `next` is what its last one may lead to, `*more` whether it does. */
+static uint32_t map_segment(struct pv_nvme *nvme, const struct nvme_sgl_desc *segment, bool last, uint64_t *left,
+                            struct nvme_data *data, struct nvme_sgl_desc *next, bool *more)
+{
+    struct nvme_sgl_desc desc[SGL_PER_READ];
+    uint64_t count = segment->length / sizeof(*desc);
+    *more = false;
+    if (!count || segment->length % sizeof(*desc))
+        return DNR(NVME_SC_SGL_INVALID_LAST);
+    for (uint64_t done = 0; done < count;) {
+        uint64_t some = count - done < SGL_PER_READ ? count - done : SGL_PER_READ;
+        struct pv_dma dma;
+        if (pv_bus_read(nvme->bus, segment->addr + done * sizeof(*desc), desc, some * sizeof(*desc), &dma))
+            return DNR(NVME_SC_DATA_XFER_ERROR);
+        for (uint64_t i = 0; i < some; i++, done++) {
+            uint8_t type = desc[i].type >> NVME_SGL_TYPE_SHIFT;
+            if (desc[i].type & 0xf || type > NVME_SGL_LAST_SEGMENT)
+                return DNR(NVME_SC_SGL_INVALID_TYPE);
+            if (type >= NVME_SGL_SEGMENT) {
+                if (last || done + 1 != count)
+                    return DNR(NVME_SC_SGL_INVALID_LAST);
+                *next = desc[i];
+                *more = true;
+                return 0;
+            }
+            uint32_t error = map_block(&desc[i], left, data);
+            if (error)
+                return error;
+        }
+    }
+    return last ? 0 : DNR(NVME_SC_SGL_INVALID_LAST);
+}
+
+static uint32_t map_sgl(struct pv_nvme *nvme, const struct nvme_command *cmd, uint64_t n, struct nvme_data *data)
+{
+    struct nvme_sgl_desc desc = {
+        .addr = cmd->prp1, .length = (uint32_t)cmd->prp2, .type = (uint8_t)(cmd->prp2 >> 56)};
+    uint8_t type = desc.type >> NVME_SGL_TYPE_SHIFT;
+    uint64_t left = n;
+    if (desc.type & 0xf || type > NVME_SGL_LAST_SEGMENT || type == NVME_SGL_BIT_BUCKET)
+        return DNR(NVME_SC_SGL_INVALID_TYPE);
+    uint32_t error = 0;
+    bool more = type >= NVME_SGL_SEGMENT;
+    if (!more)
+        error = map_block(&desc, &left, data);
+    for (uint32_t segments = 0; more && !error; segments++) {
+        if (segments > NVME_MAX_SEGMENTS)
+            return DNR(NVME_SC_SGL_INVALID_COUNT);
+        struct nvme_sgl_desc at = desc;
+        bool last = at.type >> NVME_SGL_TYPE_SHIFT == NVME_SGL_LAST_SEGMENT;
+        error = map_segment(nvme, &at, last, &left, data, &desc, &more);
+    }
+    if (error)
+        return error;
+    return left ? DNR(NVME_SC_SGL_INVALID_DATA) : 0;
+}
+
+uint32_t nvme_map_data(struct pv_nvme *nvme, const struct nvme_command *cmd, uint64_t n, struct nvme_data *data)
+{
+    data->count = data->at = 0;
+    data->offset = 0;
+    if (!n)
+        return 0;
+    uint8_t psdt = cmd->flags & NVME_CMD_PSDT_MASK;
+    if (psdt == NVME_CMD_PSDT_MASK)
+        return DNR(NVME_SC_INVALID_FIELD);
+    return psdt == NVME_CMD_PRP ? map_prp(nvme, cmd, n, data) : map_sgl(nvme, cmd, n, data);
+}
+
+static inline uint32_t move(struct pv_nvme *nvme, struct nvme_data *data, uint8_t *bytes, uint64_t n, bool to_host)
+{
+    while (n) {
+        if (data->at == data->count)
+            return DNR(NVME_SC_INTERNAL);
+        struct nvme_segment *s = &data->segment[data->at];
+        uint64_t left = s->len - data->offset, len = n < left ? n : left;
+        struct pv_dma dma;
+        int error = 0;
+        if (!s->bucket)
+            error = to_host ? pv_bus_write(nvme->bus, s->iova + data->offset, bytes, len, &dma)
+                            : pv_bus_read(nvme->bus, s->iova + data->offset, bytes, len, &dma);
+        else if (!to_host)
+            return DNR(NVME_SC_SGL_INVALID_TYPE); /* a bucket gives no data (Base 4.1.2.1) */
+        if (error)
+            return DNR(NVME_SC_DATA_XFER_ERROR);
+        bytes += len;
+        n -= len;
+        data->offset += len;
+        if (data->offset == s->len) {
+            data->at++;
+            data->offset = 0;
+        }
+    }
+    return 0;
+}
+
+uint32_t nvme_to_host(struct pv_nvme *nvme, struct nvme_data *data, const uint8_t *from, uint64_t n)
+{
+    return move(nvme, data, (uint8_t *)from, n, true);
+}
+
+uint32_t nvme_from_host(struct pv_nvme *nvme, struct nvme_data *data, uint8_t *to, uint64_t n)
+{
+    return move(nvme, data, to, n, false);
+}
+
+int pv_nvme_transfer(struct pv_nvme *nvme, const struct nvme_command *cmd, void *data, uint32_t n, int to_host)
+{
+    if (n > NVME_MAX_TRANSFER)
+        return DNR(NVME_SC_INVALID_FIELD);
+    pv_engine_pause(nvme->engine);
+    uint32_t status = nvme_map_data(nvme, cmd, n, &nvme->data);
+    if (!status)
+        status = to_host ? nvme_to_host(nvme, &nvme->data, data, n) : nvme_from_host(nvme, &nvme->data, data, n);
+    pv_engine_unpause(nvme->engine);
+    return (int)status;
+}

@@ -1,0 +1,163 @@
+/*
+ * Doorbells: in BAR 0, in a page that a client maps, in shadow buffers (Base 3.1.3.12 and 3.1.3.13, 5.8).
+ *
+ * A value that cannot be is reported once and changes nothing: a submission queue tail beyond the queue, a completion
+ * queue head that passes what was completed.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "nvme_private.h"
+
+static unsigned stride_shift(const struct pv_nvme *nvme)
+{
+    return 2 + nvme->config.dstrd;
+}
+
+static int store(void *device, uint64_t offset, uint32_t size, uint64_t value)
+{
+    struct pv_nvme *nvme = device;
+    uint64_t at = offset - NVME_REG_DBS, index = at >> stride_shift(nvme);
+    if (offset < NVME_REG_DBS || size != 4 || at >= nvme->doorbell_bytes)
+        return -EINVAL;
+    if (!atomic_load_explicit(&nvme->decode, memory_order_relaxed))
+        return 0;
+    if (at & ((4ull << nvme->config.dstrd) - 1) || index >= 2 * PV_NVME_QUEUES) {
+        nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
+        return 0;
+    }
+    atomic_store_explicit(&nvme->doorbell[at / 4], (uint32_t)value, memory_order_relaxed);
+    uint64_t queue = index / 2;
+    atomic_fetch_or(&nvme->rung[2 * (index & 1) + queue / 64], 1ull << queue % 64);
+    return 0;
+}
+
+static int load(void *device, uint64_t offset, uint32_t size, uint64_t *value)
+{
+    const struct pv_nvme *nvme = device;
+    if (offset < NVME_REG_DBS || offset - NVME_REG_DBS >= nvme->doorbell_bytes || size > 8)
+        return -EINVAL;
+    *value = 0; /* doorbells are not for reading */
+    return 0;
+}
+
+static void kick(void *device)
+{
+    pv_engine_kick(((struct pv_nvme *)device)->engine);
+}
+
+const struct pv_mmio_ops nvme_mmio_ops = {.load = load, .store = store, .kick = kick};
+
+static void hear_sq(struct pv_nvme *nvme, uint32_t id, uint32_t tail)
+{
+    struct nvme_sq *sq = &nvme->sq[id];
+    if (!sq->live) {
+        nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
+    } else if (tail >= sq->size) {
+        nvme_event(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
+    } else {
+        sq->tail = tail;
+        if (tail != sq->head)
+            nvme->ready_sq[id / 64] |= 1ull << id % 64;
+    }
+}
+
+static void hear_cq(struct pv_nvme *nvme, uint32_t id, uint32_t head)
+{
+    struct nvme_cq *cq = &nvme->cq[id];
+    if (!cq->live) {
+        nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
+        return;
+    }
+    uint32_t used = cq->tail >= cq->head ? cq->tail - cq->head : cq->tail + cq->size - cq->head;
+    uint32_t taken = head >= cq->head ? head - cq->head : head + cq->size - cq->head;
+    if (head >= cq->size || taken > used) {
+        nvme_event(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
+        return;
+    }
+    cq->head = head;
+    nvme_cq_moved(nvme, cq);
+}
+
+static uint32_t doorbell_value(const struct pv_nvme *nvme, uint32_t index)
+{
+    return atomic_load_explicit(&nvme->doorbell[((uint64_t)index << stride_shift(nvme)) / 4], memory_order_acquire);
+}
+
+static void hear(struct pv_nvme *nvme, uint32_t index, uint32_t value)
+{
+    nvme->heard[index] = value;
+    if (index & 1)
+        hear_cq(nvme, index / 2, value);
+    else
+        hear_sq(nvme, index / 2, value);
+}
+
+static bool hear_rung(struct pv_nvme *nvme)
+{
+    bool any = false;
+    for (uint32_t word = 0; word < 4; word++) {
+        if (!atomic_load_explicit(&nvme->rung[word], memory_order_relaxed))
+            continue;
+        for (uint64_t bits = atomic_exchange(&nvme->rung[word], 0); bits; bits &= bits - 1) {
+            uint32_t queue = word % 2 * 64 + (uint32_t)__builtin_ctzll(bits), index = 2 * queue + word / 2;
+            hear(nvme, index, doorbell_value(nvme, index));
+            any = true;
+        }
+    }
+    return any;
+}
+
+/* Every doorbell of a queue that is there, in the page that a client may have mapped. */
+static bool hear_page(struct pv_nvme *nvme)
+{
+    bool any = false;
+    for (uint32_t index = 0; index < 2 * PV_NVME_QUEUES; index++) {
+        bool live = index & 1 ? nvme->cq[index / 2].live : nvme->sq[index / 2].live;
+        uint32_t value = live ? doorbell_value(nvme, index) : 0;
+        if (live && value != nvme->heard[index]) {
+            hear(nvme, index, value);
+            any = true;
+        }
+    }
+    return any;
+}
+
+/*
+ * The shadow buffer, of the I/O queues. The event index is written with every value that is heard, and the buffer is
+ * read again after that (any change means another step): a driver that saw the old index wrote before.
+ */
+static bool hear_shadow(struct pv_nvme *nvme)
+{
+    uint8_t values[2 * PV_NVME_QUEUES * 4 << PV_NVME_MAX_DSTRD];
+    struct pv_dma dma;
+    unsigned shift = stride_shift(nvme);
+    bool any = false;
+    if (pv_bus_read(nvme->bus, nvme->shadow, values, (uint64_t)2 * PV_NVME_QUEUES << shift, &dma)) {
+        nvme_fatal(nvme);
+        return false;
+    }
+    for (uint32_t index = 2; index < 2 * PV_NVME_QUEUES; index++) {
+        bool live = index & 1 ? nvme->cq[index / 2].live : nvme->sq[index / 2].live;
+        uint32_t value;
+        memcpy(&value, values + ((uint64_t)index << shift), sizeof(value));
+        if (!live || value == nvme->heard[index])
+            continue;
+        hear(nvme, index, value);
+        any = true;
+        if (nvme->event_index &&
+            pv_bus_write(nvme->bus, nvme->event_index + ((uint64_t)index << shift), &value, sizeof(value), &dma))
+            nvme_fatal(nvme);
+    }
+    return any;
+}
+
+bool nvme_hear(struct pv_nvme *nvme)
+{
+    bool any = hear_rung(nvme);
+    if (nvme->config.poll_doorbells)
+        any |= hear_page(nvme);
+    if (nvme->shadow)
+        any |= hear_shadow(nvme);
+    return any;
+}

@@ -1,0 +1,246 @@
+/*
+ * The NVM command set (NVM chapter 3): checks, and the commands that move blocks.
+ *
+ * Memory is copied straight between the namespace and the host; an image goes through a buffer of ours, so that no
+ * translation is held while a disk is waited for.
+ */
+#include "io.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { BYTE_NSID = 4, BYTE_SLBA = 40, BYTE_NLB = 48 };
+
+uint32_t nvme_media(int error)
+{
+    if (!error)
+        return NVME_SC_SUCCESS;
+    return error == -EROFS ? DNR(NVME_SC_READ_ONLY) : NVME_SC_INTERNAL;
+}
+
+uint32_t nvme_check_range(struct nvme_io *io, uint64_t lba, uint64_t blocks)
+{
+    uint64_t size = io->ns->format.blocks;
+    return lba > size || blocks > size - lba ? nvme_field(io, BYTE_SLBA, NVME_SC_LBA_RANGE) : 0;
+}
+
+uint32_t nvme_check_writable(const struct nvme_io *io)
+{
+    if (io->ns->write_protected)
+        return DNR(NVME_SC_NS_WRITE_PROTECTED);
+    return io->ns->format.read_only ? DNR(NVME_SC_READ_ONLY) : 0;
+}
+
+bool nvme_usable(const struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
+{
+    if (!ns->unusable_blocks)
+        return true;
+    for (uint64_t i = lba; i < lba + blocks; i++)
+        if (ns->unusable[i / 8] >> i % 8 & 1)
+            return false;
+    return true;
+}
+
+void nvme_make_usable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
+{
+    for (uint64_t i = lba; ns->unusable_blocks && i < lba + blocks; i++) {
+        uint8_t bit = (uint8_t)(1u << i % 8);
+        ns->unusable_blocks -= (ns->unusable[i / 8] & bit) != 0;
+        ns->unusable[i / 8] &= (uint8_t)~bit;
+    }
+}
+
+/* Every command with a range of blocks and data. */
+static uint32_t check_transfer(struct nvme_io *io)
+{
+    struct pv_nvme *nvme = io->nvme;
+    uint64_t n = nvme_bytes(io->ns, io->blocks);
+    if (n > 4096ull << nvme->config.mdts_shift)
+        return nvme_field(io, BYTE_NLB, NVME_SC_INVALID_FIELD);
+    uint32_t status = nvme_check_range(io, io->lba, io->blocks);
+    return status ? status : nvme_pi_of(&io->ns->format, io->cmd, &io->pi);
+}
+
+static uint32_t read_error(struct nvme_io *io)
+{
+    io->nvme->stats.media_errors++;
+    return NVME_SC_READ_ERROR;
+}
+
+static uint32_t read_blocks(struct nvme_io *io)
+{
+    struct pv_nvme *nvme = io->nvme;
+    struct pv_nvme_backing *backing = io->ns->backing;
+    uint64_t offset = nvme_bytes(io->ns, io->lba), left = nvme_bytes(io->ns, io->blocks);
+    uint32_t status = nvme_map_data(nvme, io->cmd, left, &nvme->data);
+    if (status)
+        return status;
+    if (backing->base)
+        return nvme_to_host(nvme, &nvme->data, backing->base + offset, left);
+    while (left && !status) {
+        uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
+        if (nvme_backing_read(backing, offset, nvme->bounce, len))
+            return read_error(io);
+        status = nvme_to_host(nvme, &nvme->data, nvme->bounce, len);
+        offset += len;
+        left -= len;
+    }
+    return status;
+}
+
+static uint32_t write_blocks(struct nvme_io *io)
+{
+    struct pv_nvme *nvme = io->nvme;
+    struct pv_nvme_backing *backing = io->ns->backing;
+    uint64_t offset = nvme_bytes(io->ns, io->lba), left = nvme_bytes(io->ns, io->blocks);
+    uint32_t status = nvme_map_data(nvme, io->cmd, left, &nvme->data);
+    if (status)
+        return status;
+    if (backing->base)
+        return nvme_from_host(nvme, &nvme->data, backing->base + offset, left);
+    while (left && !status) {
+        uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
+        status = nvme_from_host(nvme, &nvme->data, nvme->bounce, len);
+        if (!status)
+            status = nvme_backing_write(backing, offset, nvme->bounce, len) ? NVME_SC_WRITE_FAULT : 0;
+        offset += len;
+        left -= len;
+    }
+    return status;
+}
+
+static uint32_t do_read(struct nvme_io *io)
+{
+    uint32_t status = check_transfer(io);
+    if (status)
+        return status;
+    if (!nvme_usable(io->ns, io->lba, io->blocks))
+        return read_error(io);
+    status = io->ns->format.metadata ? nvme_read_metadata(io) : read_blocks(io);
+    io->nvme->stats.reads++;
+    io->nvme->stats.read_bytes += nvme_bytes(io->ns, io->blocks);
+    return status;
+}
+
+static uint32_t do_write(struct nvme_io *io)
+{
+    uint32_t status = nvme_check_writable(io);
+    if (!status)
+        status = check_transfer(io);
+    if (!status)
+        status = io->ns->format.metadata ? nvme_write_metadata(io) : write_blocks(io);
+    if (status)
+        return status;
+    nvme_make_usable(io->ns, io->lba, io->blocks);
+    io->nvme->stats.writes++;
+    io->nvme->stats.written_bytes += nvme_bytes(io->ns, io->blocks);
+    return io->cmd->cdw12 & NVME_RW_FUA ? nvme_sync_later(io->nvme, io->request, io->ns->backing) : 0;
+}
+
+static uint32_t compare_blocks(struct nvme_io *io)
+{
+    struct pv_nvme *nvme = io->nvme;
+    const uint64_t half = NVME_BOUNCE / 2;
+    uint64_t offset = nvme_bytes(io->ns, io->lba), left = nvme_bytes(io->ns, io->blocks);
+    uint32_t status = nvme_map_data(nvme, io->cmd, left, &nvme->data);
+    while (left && !status) {
+        uint64_t len = left < half ? left : half;
+        status = nvme_from_host(nvme, &nvme->data, nvme->bounce, len);
+        if (!status && nvme_backing_read(io->ns->backing, offset, nvme->bounce + half, len))
+            status = read_error(io);
+        if (!status && memcmp(nvme->bounce, nvme->bounce + half, len))
+            status = DNR(NVME_SC_COMPARE_FAILED);
+        offset += len;
+        left -= len;
+    }
+    return status;
+}
+
+/* NVM 3.2.1 */
+static uint32_t do_compare(struct nvme_io *io)
+{
+    uint32_t status = check_transfer(io);
+    if (status)
+        return status;
+    if (!nvme_usable(io->ns, io->lba, io->blocks))
+        return read_error(io);
+    io->nvme->stats.reads++;
+    io->nvme->stats.read_bytes += nvme_bytes(io->ns, io->blocks);
+    return io->ns->format.metadata ? nvme_compare_metadata(io) : compare_blocks(io);
+}
+
+/* NVM 3.2.5: reads without a host. */
+static uint32_t do_verify(struct nvme_io *io)
+{
+    struct pv_nvme *nvme = io->nvme;
+    uint32_t status = nvme_check_range(io, io->lba, io->blocks);
+    if (!status)
+        status = nvme_pi_of(&io->ns->format, io->cmd, &io->pi);
+    if (status)
+        return status;
+    if (!nvme_usable(io->ns, io->lba, io->blocks))
+        return read_error(io);
+    if (io->ns->format.metadata)
+        return nvme_verify_metadata(io);
+    uint64_t offset = nvme_bytes(io->ns, io->lba), left = nvme_bytes(io->ns, io->blocks);
+    while (left && !io->ns->backing->base) {
+        uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
+        if (nvme_backing_read(io->ns->backing, offset, nvme->bounce, len))
+            return read_error(io);
+        offset += len;
+        left -= len;
+    }
+    return 0;
+}
+
+static uint32_t dispatch(struct nvme_io *io)
+{
+    switch (io->cmd->opcode) {
+    case NVME_CMD_READ:
+        return do_read(io);
+    case NVME_CMD_WRITE:
+        return do_write(io);
+    case NVME_CMD_FLUSH:
+        return nvme_sync_later(io->nvme, io->request, io->ns->backing);
+    case NVME_CMD_COMPARE:
+        return do_compare(io);
+    case NVME_CMD_VERIFY:
+        return do_verify(io);
+    case NVME_CMD_WRITE_ZEROES:
+        return nvme_write_zeroes(io);
+    case NVME_CMD_WRITE_UNCOR:
+        return nvme_write_uncorrectable(io);
+    case NVME_CMD_DSM:
+        return nvme_dsm(io);
+    case NVME_CMD_COPY:
+        return nvme_copy(io);
+    default:
+        return nvme_field(io, 0, NVME_SC_INVALID_OPCODE);
+    }
+}
+
+static bool known(uint8_t opcode)
+{
+    const uint32_t opcodes = 1u << NVME_CMD_FLUSH | 1u << NVME_CMD_WRITE | 1u << NVME_CMD_READ |
+                             1u << NVME_CMD_WRITE_UNCOR | 1u << NVME_CMD_COMPARE | 1u << NVME_CMD_WRITE_ZEROES |
+                             1u << NVME_CMD_DSM | 1u << NVME_CMD_VERIFY | 1u << NVME_CMD_COPY;
+    return opcode < 32 && opcodes >> opcode & 1;
+}
+
+uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
+{
+    const struct nvme_command *cmd = request->cmd;
+    struct nvme_io io = {.nvme = nvme, .request = request, .cmd = cmd};
+    request->location = NVME_ERROR_LOCATION_NONE;
+    if (!known(cmd->opcode))
+        return nvme_field(&io, 0, NVME_SC_INVALID_OPCODE);
+    if (!cmd->nsid || cmd->nsid > PV_NVME_NAMESPACES || !nvme->ns[cmd->nsid - 1].backing)
+        return nvme_field(&io, BYTE_NSID, NVME_SC_INVALID_NS);
+    if (nvme->refuse)
+        return nvme->refuse;
+    io.ns = &nvme->ns[cmd->nsid - 1];
+    io.lba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
+    io.blocks = (cmd->cdw12 & NVME_RW_NLB_MASK) + 1ull;
+    return dispatch(&io);
+}

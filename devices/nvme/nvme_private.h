@@ -1,0 +1,202 @@
+/*
+ * What the files of the NVMe data path share (see nvme_engine.h).
+ */
+#ifndef PVFIO_NVME_PRIVATE_H
+#define PVFIO_NVME_PRIVATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "nvme_engine.h"
+
+#define NVME_BURST 32                 /* commands fetched at once */
+#define NVME_MAX_TRANSFER (2u << 20)  /* MDTS 9 */
+#define NVME_MAX_SEGMENTS 514         /* of a transfer: a page each, and a first one that is cut */
+#define NVME_BOUNCE (128u << 10)
+#define NVME_MAX_WAITING 8192         /* commands in flight outside their queues */
+#define NVME_LATER 0x10000u           /* not a status: the command completes later */
+
+struct nvme_sq {
+    bool live;
+    uint32_t size, cq, priority;
+    uint32_t head, tail;
+    uint64_t base;
+};
+
+struct nvme_cq {
+    bool live, interrupts, phase;
+    bool starved; /* a submission queue waits for room */
+    uint32_t size, vector;
+    uint32_t head, tail;
+    uint32_t users;   /* submission queues */
+    uint32_t unrung;  /* completions that coalescing holds the interrupt of */
+    uint64_t ring_at; /* when it rings at the latest */
+    uint64_t base;
+    /* Completions there was no room for, in order. */
+    struct nvme_completion *backlog;
+    uint32_t backlog_count, backlog_size;
+};
+
+/* A piece of a host buffer. */
+struct nvme_segment {
+    uint64_t iova;
+    uint64_t len;
+    bool bucket; /* discards what is read */
+};
+
+struct nvme_data {
+    uint32_t count;
+    uint32_t at;      /* where the next transfer goes on */
+    uint64_t offset;
+    struct nvme_segment segment[NVME_MAX_SEGMENTS];
+};
+
+struct nvme_namespace {
+    struct pv_nvme_backing *backing;
+    struct pv_nvme_format format;
+    uint8_t *metadata;         /* of all blocks, where the format has it */
+    uint8_t *unusable; /* a bit a block: Write Uncorrectable; NULL: none */
+    uint64_t unusable_blocks;
+    bool write_protected;
+};
+
+/* A command that waits: for a time, or for a sync. */
+struct nvme_waiting {
+    struct nvme_waiting *next;
+    struct nvme_waiting *next_job;
+    struct pv_nvme_backing *backing; /* what the sync worker syncs for it */
+    struct nvme_command cmd;
+    uint32_t sq;
+    uint64_t due;    /* NVME_NEVER: somebody else ends it, or nobody */
+    uint32_t status; /* NVME_LATER: run the command when due */
+    bool synced;     /* the worker has it */
+    bool orphan;     /* nobody waits for the worker's answer any more */
+};
+#define NVME_NEVER UINT64_MAX
+
+struct pv_nvme {
+    struct pv_nvme_config config;
+    struct pv_bus *bus;
+    struct pv_msix *msix;
+    struct pv_engine *engine;
+    struct pv_mmio mmio;
+    bool threaded;
+    _Atomic bool ready;
+    _Atomic uint32_t decode, enabled, fatal;
+    int event_fd;
+    _Atomic uint32_t events;
+
+    _Atomic uint32_t *doorbell;
+    uint64_t doorbell_bytes;
+    _Atomic uint64_t rung[4]; /* SQs, then CQs, 128 bits each */
+    uint32_t heard[2 * PV_NVME_QUEUES];
+    uint64_t shadow, event_index;
+
+    uint32_t page_shift;
+    uint32_t ams, burst, weight[4], credit[4];
+    uint64_t ready_sq[2]; /* SQs that have work */
+    uint32_t next_sq;
+    struct nvme_sq sq[PV_NVME_QUEUES];
+    struct nvme_cq cq[PV_NVME_QUEUES];
+    uint32_t coalesce_threshold;
+    uint64_t coalesce_ns;
+    uint64_t uncoalesced[32]; /* vectors that coalescing is off for */
+    _Atomic uint32_t pin, pin_mask;
+
+    struct nvme_namespace ns[PV_NVME_NAMESPACES];
+    uint32_t refuse;
+    struct pv_nvme_stats stats;
+    struct nvme_data data;
+    uint8_t *bounce;
+
+    struct nvme_waiting *waiting; /* by due time; those without one last */
+    uint32_t waiting_count;
+    _Atomic uint64_t due;
+    struct nvme_sync *sync;
+
+    pthread_mutex_t lock; /* of what follows */
+    struct nvme_command *admin; /* a ring of NVME_AQA_MAX */
+    uint32_t admin_head, admin_count;
+    struct nvme_answer {
+        struct nvme_answer *next;
+        uint32_t sq, status;
+        uint16_t cid;
+        uint64_t result;
+    } *answers, **answers_end;
+    struct nvme_waiting *synced, **synced_end; /* back from the sync worker */
+    _Atomic uint32_t inbox;                    /* answers and synced commands */
+    struct nvme_error_log_entry error[PV_NVME_ERRORS];
+    uint64_t errors;
+};
+
+/* A command on its way through the data path. */
+struct nvme_request {
+    const struct nvme_command *cmd;
+    uint32_t sq, sq_head;
+    uint32_t location; /* parameter error location: byte 7:0, bit 10:8 */
+    uint64_t result;
+    bool fused;        /* the second of two whose first was good */
+};
+
+extern const struct pv_mmio_ops nvme_mmio_ops;
+
+uint64_t nvme_now(void);
+
+/* controller.c */
+void nvme_event(struct pv_nvme *nvme, uint32_t event);
+void nvme_fatal(struct pv_nvme *nvme);
+
+/* doorbell.c: what was rung since the last call; whether anything was. */
+bool nvme_hear(struct pv_nvme *nvme);
+
+/* schedule.c */
+int nvme_step(void *device);
+/* One completion of a queue's command; nothing where the queue is gone. */
+void nvme_end(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result);
+
+/* waiting.c, all with the engine's step to themselves. NULL: too many wait. */
+struct nvme_waiting *nvme_wait_until(struct pv_nvme *nvme, const struct nvme_request *request, uint64_t due,
+                                     uint32_t status);
+/* Ends what waits of one queue, or of all (sq < 0), with a status; 0: without a completion. */
+void nvme_end_waiting(struct pv_nvme *nvme, int sq, uint32_t status);
+/* What is due, and what came back from the sync worker. */
+bool nvme_run_waiting(struct pv_nvme *nvme);
+/* The earliest time at which something is to be done, told to whoever wakes the engine. */
+void nvme_set_due(struct pv_nvme *nvme);
+
+/* sync.c: a sync of the backing in the background, then the command completes. 0, or a status. */
+uint32_t nvme_sync_later(struct pv_nvme *nvme, const struct nvme_request *request, struct pv_nvme_backing *backing);
+void nvme_sync_destroy(struct pv_nvme *nvme);
+
+/* complete.c: `count` completions of one submission queue, whose status has no phase yet. */
+void nvme_post(struct pv_nvme *nvme, struct nvme_cq *cq, const struct nvme_completion *entry, uint32_t count);
+/* Room for more completions after what waits for room. */
+uint32_t nvme_cq_room(const struct nvme_cq *cq);
+/* The driver has taken completions: what waited goes out. */
+void nvme_cq_moved(struct pv_nvme *nvme, struct nvme_cq *cq);
+/* Interrupts that coalescing holds and whose time has come; when the next one is due, 0: none. */
+uint64_t nvme_ring_due(struct pv_nvme *nvme, uint64_t now);
+void nvme_note_error(struct pv_nvme *nvme, const struct nvme_request *request, uint32_t status);
+
+/* data.c: all 0 or an NVMe status. */
+uint32_t nvme_map_data(struct pv_nvme *nvme, const struct nvme_command *cmd, uint64_t n, struct nvme_data *data);
+uint32_t nvme_to_host(struct pv_nvme *nvme, struct nvme_data *data, const uint8_t *from, uint64_t n);
+uint32_t nvme_from_host(struct pv_nvme *nvme, struct nvme_data *data, uint8_t *to, uint64_t n);
+
+/* io.c: a status, or NVME_LATER. */
+uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request);
+
+/* backing.c */
+struct pv_nvme_backing {
+    _Atomic uint32_t references;
+    uint8_t *base; /* memory, else NULL: read and written through the functions */
+    int fd;
+    uint64_t size;
+    bool read_only;
+    struct nvme_cache *cache;
+};
+int nvme_backing_read(struct pv_nvme_backing *backing, uint64_t offset, void *data, uint64_t n);
+int nvme_backing_write(struct pv_nvme_backing *backing, uint64_t offset, const void *data, uint64_t n);
+
+#endif

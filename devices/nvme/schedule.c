@@ -1,0 +1,258 @@
+/*
+ * Which submission queue goes on (Base 3.4.4), fetching, fused pairs (Base 3.4.2), and ending commands.
+ */
+#include <stdlib.h>
+
+#include "nvme_private.h"
+
+static bool has_work(const struct pv_nvme *nvme, uint32_t id)
+{
+    return nvme->ready_sq[id / 64] >> id % 64 & 1;
+}
+
+/* The next one after the last that was served, of those that `wanted` says yes to; -1: none. */
+static int next_ready(const struct pv_nvme *nvme, bool (*wanted)(const struct pv_nvme *nvme, uint32_t id))
+{
+    if (!(nvme->ready_sq[0] | nvme->ready_sq[1]))
+        return -1;
+    uint32_t id = nvme->next_sq;
+    for (uint32_t i = 0; i < PV_NVME_QUEUES; i++, id++) {
+        if (id >= PV_NVME_QUEUES)
+            id = 0;
+        if (has_work(nvme, id) && (!wanted || wanted(nvme, id)))
+            return (int)id;
+    }
+    return -1;
+}
+
+static bool is_urgent(const struct pv_nvme *nvme, uint32_t id)
+{
+    return nvme->sq[id].priority == NVME_SQ_QPRIO_URGENT;
+}
+
+static bool has_credit(const struct pv_nvme *nvme, uint32_t id)
+{
+    return nvme->credit[nvme->sq[id].priority] != 0;
+}
+
+/* Weighted round robin: the admin queue, the urgent ones, then the rest by credit (Base 3.4.4.2). */
+static int pick_weighted(struct pv_nvme *nvme, uint32_t *most)
+{
+    if (has_work(nvme, 0))
+        return 0;
+    int id = next_ready(nvme, is_urgent);
+    if (id >= 0)
+        return id;
+    for (int round = 0; round < 2; round++) {
+        id = next_ready(nvme, has_credit);
+        if (id >= 0) {
+            uint32_t *credit = &nvme->credit[nvme->sq[id].priority];
+            if (*most > *credit)
+                *most = *credit;
+            *credit -= *most;
+            return id;
+        }
+        for (int i = 0; i < 4; i++)
+            nvme->credit[i] = nvme->weight[i];
+    }
+    return -1;
+}
+
+static int pick(struct pv_nvme *nvme, uint32_t *most)
+{
+    *most = nvme->burst;
+    int id = nvme->ams == NVME_CC_AMS_WRRU ? pick_weighted(nvme, most) : next_ready(nvme, NULL);
+    if (id >= 0)
+        nvme->next_sq = (uint32_t)id + 1;
+    return id;
+}
+
+static uint32_t waiting_in(const struct nvme_sq *sq)
+{
+    return sq->tail >= sq->head ? sq->tail - sq->head : sq->tail + sq->size - sq->head;
+}
+
+/* 0, or -errno and the controller is in fatal status: its queue cannot be read (Base 3.1.3.6, CFS). */
+static int fetch(struct pv_nvme *nvme, const struct nvme_sq *sq, struct nvme_command *cmd, uint32_t count)
+{
+    uint32_t first = count < sq->size - sq->head ? count : sq->size - sq->head;
+    struct pv_dma dma;
+    int error = pv_bus_read(nvme->bus, sq->base + (uint64_t)sq->head * NVME_SQE_SIZE, cmd,
+                            (uint64_t)first * NVME_SQE_SIZE, &dma);
+    if (!error && first < count)
+        error = pv_bus_read(nvme->bus, sq->base, cmd + first, (uint64_t)(count - first) * NVME_SQE_SIZE, &dma);
+    if (error)
+        nvme_fatal(nvme);
+    return error;
+}
+
+void nvme_end(struct pv_nvme *nvme, uint32_t id, uint16_t cid, uint32_t status, uint64_t result)
+{
+    struct nvme_sq *sq = &nvme->sq[id];
+    if (id >= PV_NVME_QUEUES || !sq->live)
+        return;
+    struct nvme_completion entry = {.result = (uint32_t)result,
+                                    .result_hi = (uint32_t)(result >> 32),
+                                    .sq_head = (uint16_t)sq->head,
+                                    .sq_id = (uint16_t)id,
+                                    .cid = cid,
+                                    .status = (uint16_t)status};
+    nvme_post(nvme, &nvme->cq[sq->cq], &entry, 1);
+}
+
+/* False: no room in the ring, the command stays in its queue. */
+static bool hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd)
+{
+    pthread_mutex_lock(&nvme->lock);
+    bool room = nvme->admin_count < NVME_AQA_MAX;
+    if (room)
+        nvme->admin[(nvme->admin_head + nvme->admin_count++) % NVME_AQA_MAX] = *cmd;
+    pthread_mutex_unlock(&nvme->lock);
+    if (room)
+        nvme_event(nvme, PV_NVME_EVENT_ADMIN);
+    return room;
+}
+
+static bool same_range(const struct nvme_command *a, const struct nvme_command *b)
+{
+    return a->nsid == b->nsid && a->cdw10 == b->cdw10 && a->cdw11 == b->cdw11 &&
+           !((a->cdw12 ^ b->cdw12) & NVME_RW_NLB_MASK);
+}
+
+/* What is wrong with a pair; 0: it is compare and write of the same blocks. */
+static uint32_t check_pair(const struct nvme_command *first, const struct nvme_command *second)
+{
+    if (first->opcode != NVME_CMD_COMPARE || second->opcode != NVME_CMD_WRITE || !same_range(first, second))
+        return NVME_SC_INVALID_FIELD | NVME_STATUS_DNR;
+    return NVME_SC_SUCCESS;
+}
+
+/* Fetched commands of one queue, and the completions they give. */
+struct burst {
+    struct nvme_sq *sq;
+    uint32_t id, count;
+    struct nvme_command cmd[NVME_BURST];
+    struct nvme_completion done[NVME_BURST];
+    uint32_t completed;
+};
+
+static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint32_t status)
+{
+    struct nvme_sq *sq = b->sq;
+    struct nvme_request request = {.cmd = &b->cmd[i], .sq = b->id};
+    sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
+    if (!status)
+        status = nvme_io(nvme, &request);
+    if (status == NVME_LATER)
+        return status;
+    if (status)
+        nvme_note_error(nvme, &request, status);
+    b->done[b->completed++] = (struct nvme_completion){.result = (uint32_t)request.result,
+                                                       .result_hi = (uint32_t)(request.result >> 32),
+                                                       .sq_head = (uint16_t)sq->head,
+                                                       .sq_id = (uint16_t)b->id,
+                                                       .cid = b->cmd[i].cid,
+                                                       .status = (uint16_t)status};
+    return status;
+}
+
+/* Two fused commands, or what is left of them; how many commands that was. */
+static uint32_t run_fused(struct pv_nvme *nvme, struct burst *b, uint32_t i)
+{
+    bool first = (b->cmd[i].flags & NVME_CMD_FUSE_MASK) == NVME_CMD_FUSE_FIRST;
+    bool pair = first && i + 1 < b->count && (b->cmd[i + 1].flags & NVME_CMD_FUSE_MASK) == NVME_CMD_FUSE_SECOND;
+    if (!pair) {
+        run_one(nvme, b, i, NVME_SC_FUSED_MISSING | NVME_STATUS_DNR);
+        return 1;
+    }
+    uint32_t wrong = check_pair(&b->cmd[i], &b->cmd[i + 1]);
+    uint32_t status = run_one(nvme, b, i, wrong);
+    run_one(nvme, b, i + 1, wrong ? wrong : status ? NVME_SC_FUSED_FAIL : 0);
+    return 2;
+}
+
+static int run_admin(struct pv_nvme *nvme, struct burst *b)
+{
+    struct nvme_sq *sq = b->sq;
+    for (uint32_t i = 0; i < b->count; i++) {
+        if (!pv_engine_gate(nvme->engine))
+            return PV_STEP_STOPPED;
+        if (!hand_over(nvme, &b->cmd[i]))
+            return PV_STEP_IDLE;
+        sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
+    }
+    return PV_STEP_PROGRESS;
+}
+
+static int run_io(struct pv_nvme *nvme, struct burst *b)
+{
+    int result = PV_STEP_PROGRESS;
+    for (uint32_t i = 0; i < b->count && !atomic_load_explicit(&nvme->fatal, memory_order_relaxed);) {
+        if (!pv_engine_gate(nvme->engine)) {
+            result = PV_STEP_STOPPED;
+            break;
+        }
+        if (b->cmd[i].flags & NVME_CMD_FUSE_MASK) {
+            i += run_fused(nvme, b, i);
+            continue;
+        }
+        run_one(nvme, b, i++, 0);
+        if (pv_engine_pausing(nvme->engine))
+            break;
+    }
+    if (b->completed)
+        nvme_post(nvme, &nvme->cq[b->sq->cq], b->done, b->completed);
+    return result;
+}
+
+/* One more than the burst where that would cut a fused pair in two. */
+static uint32_t whole_pairs(struct pv_nvme *nvme, struct burst *b, uint32_t waiting)
+{
+    if ((b->cmd[b->count - 1].flags & NVME_CMD_FUSE_MASK) != NVME_CMD_FUSE_FIRST || waiting == b->count)
+        return b->count;
+    if (b->count > 1)
+        return b->count - 1; /* the pair begins the next burst */
+    return fetch(nvme, b->sq, b->cmd, 2) ? 0 : 2;
+}
+
+static int run_burst(struct pv_nvme *nvme, uint32_t id, uint32_t most)
+{
+    struct burst b; /* the arrays are large: not cleared */
+    b.sq = &nvme->sq[id];
+    b.id = id;
+    b.completed = 0;
+    struct nvme_cq *cq = &nvme->cq[b.sq->cq];
+    uint32_t waiting = waiting_in(b.sq), room = id ? nvme_cq_room(cq) : NVME_BURST;
+    b.count = waiting < most ? waiting : most;
+    if (b.count > room)
+        b.count = room;
+    int result = PV_STEP_PROGRESS;
+    if (!b.count) {
+        cq->starved = waiting != 0;
+    } else if (fetch(nvme, b.sq, b.cmd, b.count)) {
+        return PV_STEP_IDLE;
+    } else if (!id) {
+        result = run_admin(nvme, &b);
+    } else {
+        b.count = whole_pairs(nvme, &b, waiting);
+        result = run_io(nvme, &b);
+    }
+    if (b.sq->head == b.sq->tail || !b.count)
+        nvme->ready_sq[id / 64] &= ~(1ull << id % 64);
+    return result;
+}
+
+int nvme_step(void *device)
+{
+    struct pv_nvme *nvme = device;
+    if (!atomic_load_explicit(&nvme->ready, memory_order_acquire) || !atomic_load(&nvme->enabled) ||
+        atomic_load(&nvme->fatal))
+        return PV_STEP_IDLE;
+    bool any = nvme_hear(nvme);
+    any |= nvme_run_waiting(nvme);
+    uint32_t most;
+    int id = pick(nvme, &most);
+    if (id >= 0)
+        return run_burst(nvme, (uint32_t)id, most);
+    return any ? PV_STEP_PROGRESS : PV_STEP_IDLE;
+}

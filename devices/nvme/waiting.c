@@ -1,0 +1,161 @@
+/*
+ * Commands that wait: for a time (an injected delay), for the sync worker, or for an abort that may never come.
+ */
+#include <stdlib.h>
+
+#include "nvme_private.h"
+
+struct nvme_waiting *nvme_wait_until(struct pv_nvme *nvme, const struct nvme_request *request, uint64_t due,
+                                     uint32_t status)
+{
+    struct nvme_waiting *w = nvme->waiting_count < NVME_MAX_WAITING ? calloc(1, sizeof(*w)) : NULL;
+    if (!w)
+        return NULL;
+    w->cmd = *request->cmd;
+    w->sq = request->sq;
+    w->due = due;
+    w->status = status;
+    struct nvme_waiting **at = &nvme->waiting;
+    while (*at && (*at)->due <= due)
+        at = &(*at)->next;
+    w->next = *at;
+    *at = w;
+    nvme->waiting_count++;
+    nvme_set_due(nvme);
+    return w;
+}
+
+/* Out of the list; the worker's answer finds it an orphan. */
+static void leave(struct pv_nvme *nvme, struct nvme_waiting **at)
+{
+    struct nvme_waiting *w = *at;
+    *at = w->next;
+    nvme->waiting_count--;
+    if (w->synced)
+        w->orphan = true;
+    else
+        free(w);
+}
+
+void nvme_end_waiting(struct pv_nvme *nvme, int sq, uint32_t status)
+{
+    struct nvme_waiting **at = &nvme->waiting;
+    while (*at) {
+        struct nvme_waiting *w = *at;
+        if (sq >= 0 && w->sq != (uint32_t)sq) {
+            at = &w->next;
+            continue;
+        }
+        if (status)
+            nvme_end(nvme, w->sq, w->cmd.cid, status, 0);
+        leave(nvme, at);
+    }
+    nvme_set_due(nvme);
+}
+
+int pv_nvme_abort(struct pv_nvme *nvme, uint32_t sq, uint16_t cid)
+{
+    int found = 0;
+    pv_engine_pause(nvme->engine);
+    for (struct nvme_waiting **at = &nvme->waiting; *at; at = &(*at)->next) {
+        if ((*at)->sq != sq || (*at)->cmd.cid != cid)
+            continue;
+        nvme_end(nvme, sq, cid, NVME_SC_ABORT_REQ, 0);
+        leave(nvme, at);
+        found = 1;
+        break;
+    }
+    nvme_set_due(nvme);
+    pv_engine_unpause(nvme->engine);
+    return found;
+}
+
+static void run_due(struct pv_nvme *nvme, struct nvme_waiting **at)
+{
+    struct nvme_command cmd = (*at)->cmd;
+    uint32_t sq = (*at)->sq, status = (*at)->status;
+    leave(nvme, at);
+    struct nvme_request request = {.cmd = &cmd, .sq = sq};
+    if (status == NVME_LATER)
+        status = nvme_io(nvme, &request);
+    if (status != NVME_LATER)
+        nvme_end(nvme, sq, cmd.cid, status, request.result);
+}
+
+/* What the worker gives back; it has set the status. */
+static void take_synced(struct pv_nvme *nvme)
+{
+    pthread_mutex_lock(&nvme->lock);
+    struct nvme_waiting *done = nvme->synced;
+    nvme->synced = NULL;
+    nvme->synced_end = &nvme->synced;
+    for (struct nvme_waiting *w = done; w; w = w->next_job)
+        atomic_fetch_sub(&nvme->inbox, 1);
+    pthread_mutex_unlock(&nvme->lock);
+    while (done) {
+        struct nvme_waiting *w = done;
+        done = w->next_job;
+        w->synced = false;
+        pv_nvme_backing_put(w->backing);
+        if (w->orphan) {
+            free(w);
+            continue;
+        }
+        struct nvme_waiting **at = &nvme->waiting;
+        while (*at != w)
+            at = &(*at)->next;
+        nvme_end(nvme, w->sq, w->cmd.cid, w->status, 0);
+        leave(nvme, at);
+    }
+}
+
+static void take_answers(struct pv_nvme *nvme)
+{
+    pthread_mutex_lock(&nvme->lock);
+    struct nvme_answer *answer = nvme->answers;
+    nvme->answers = NULL;
+    nvme->answers_end = &nvme->answers;
+    for (struct nvme_answer *a = answer; a; a = a->next)
+        atomic_fetch_sub(&nvme->inbox, 1);
+    pthread_mutex_unlock(&nvme->lock);
+    while (answer) {
+        struct nvme_answer *next = answer->next;
+        nvme_end(nvme, answer->sq, answer->cid, answer->status, answer->result);
+        free(answer);
+        answer = next;
+    }
+}
+
+bool nvme_run_waiting(struct pv_nvme *nvme)
+{
+    bool any = atomic_load_explicit(&nvme->inbox, memory_order_acquire) != 0;
+    if (any) {
+        take_synced(nvme);
+        take_answers(nvme);
+    }
+    if (atomic_load_explicit(&nvme->due, memory_order_relaxed) == NVME_NEVER)
+        return any;
+    uint64_t now = nvme_now();
+    while (nvme->waiting && nvme->waiting->due <= now) {
+        run_due(nvme, &nvme->waiting);
+        any = true;
+    }
+    nvme_ring_due(nvme, now);
+    nvme_set_due(nvme);
+    return any;
+}
+
+void nvme_set_due(struct pv_nvme *nvme)
+{
+    uint64_t due = nvme->waiting ? nvme->waiting->due : NVME_NEVER;
+    for (uint32_t i = 1; nvme->coalesce_threshold && i < PV_NVME_QUEUES; i++)
+        if (nvme->cq[i].unrung && nvme->cq[i].ring_at < due)
+            due = nvme->cq[i].ring_at;
+    if (due == atomic_load_explicit(&nvme->due, memory_order_relaxed))
+        return;
+    atomic_store(&nvme->due, due);
+    if (nvme->threaded)
+        pv_engine_wake_at(nvme->engine, due == NVME_NEVER ? 0 : due);
+    else
+        nvme_event(nvme, PV_NVME_EVENT_TIMER);
+}
