@@ -54,15 +54,21 @@ def _make_rogue(bus: BusMaster, engine: EngineKind, options: Mapping[str, Any]) 
     return RogueDevice(bus, **options)
 
 
-_KINDS = {"dsa": _make_dsa, "testdev": _make_testdev, "rogue": _make_rogue}
+def _make_nvme(bus: BusMaster, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
+    from pvfio.devices.nvme import NvmeDevice
+
+    return NvmeDevice(bus, engine=engine, **options)
+
+
+_KINDS = {"dsa": _make_dsa, "nvme": _make_nvme, "testdev": _make_testdev, "rogue": _make_rogue}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpec:
     """One device of a machine.
 
-    ``kind`` is ``"dsa"``, ``"testdev"`` or ``"rogue"`` (which never stops); ``name`` defaults to the kind and a
-    number ("dsa0"). Devices with the same ``bus`` are functions of one vPCI bus, and of one IOMMU group unless
+    ``kind`` is ``"dsa"``, ``"nvme"``, ``"testdev"`` or ``"rogue"`` (which never stops); ``name`` defaults to
+    the kind and a number ("dsa0"). Devices with the same ``bus`` are functions of one vPCI bus, and of one IOMMU group unless
     ``isolated``; by default each has a bus of its own. ``driver`` is the kernel driver that owns it at boot.
     ``engine`` overrides the machine's; a rogue is always a thread. ``options`` go to the device's constructor.
     ``pviommu=False``: the hypervisor says the pvIOMMU does not serve it.

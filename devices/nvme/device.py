@@ -1,0 +1,227 @@
+"""The NVMe controller as a PCI function: BAR 0, the task that executes admin commands, resets.
+
+Doorbells go straight to C; registers are in registers.py, admin commands in admin*.py and their subjects' modules.
+See nvme_engine.h for what the data path does not model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final
+
+import trio
+
+from pvfio.abi import ffi, lib
+from pvfio.devices.nvme.admin import Admin
+from pvfio.devices.nvme.admin_queues import QueueCommands
+from pvfio.devices.nvme.config import NamespaceSpec, NvmeConfig
+from pvfio.devices.nvme.events import AsyncEvents
+from pvfio.devices.nvme.identify import Identify
+from pvfio.devices.nvme.namespaces import Namespaces
+from pvfio.devices.nvme.registers import EnableSettings, Registers
+from pvfio.devices.pci import Bar, MsixLayout, PciFunction, PciIdentity
+from pvfio.silicon import BusMaster, Engine, EngineKind
+from pvfio.silicon.engine import KINDS
+
+__all__ = ["NvmeDevice"]
+
+_BAR: Final = lib.NVME_BAR
+_DOORBELLS: Final[int] = lib.NVME_REG_DBS
+
+
+class NvmeDevice(PciFunction):
+    """An NVMe controller.
+
+    ``engine``: ``"inline"`` runs commands in whoever rings a doorbell, ``"thread"`` in a thread of the device's own;
+    the attribute ``engine`` is its handle. Admin commands are executed by ``run``. Raises ``MemoryError``, and
+    ``OSError`` for an image that cannot be opened.
+    """
+
+    def __init__(
+        self,
+        bus: BusMaster,
+        *,
+        engine: EngineKind = "inline",
+        config: NvmeConfig | None = None,
+        namespaces: Sequence[NamespaceSpec] = (NamespaceSpec(),),
+        ats: bool = True,
+    ) -> None:
+        self.nvme_config = config = config or NvmeConfig()
+        msix = MsixLayout(bar=_BAR, offset=config.msix_offset, vectors=config.vector_count)
+        size = 1 << (msix.offset + msix.size - 1).bit_length()
+        areas = ((_DOORBELLS, config.doorbell_bytes),) if config.poll_doorbells else ()
+        super().__init__(
+            bus,
+            PciIdentity(vendor=config.vendor, device=config.device, class_code=lib.NVME_PCI_CLASS),
+            bars=(Bar(index=_BAR, size=size, mmap_areas=areas),),
+            msix=msix,
+            intx_pin=1,
+            ats=ats,
+        )
+        assert self.msix is not None
+        path = _DataPath(config, bus.ptr, self.msix.ptr, KINDS[engine])
+        self._nvme = path.ptr
+        self._mmio = path.mmio()
+        self.engine = Engine(lib.pv_nvme_engine(self._nvme), path, engine)
+        self.registers = Registers(config, self)
+        self._due_changed = trio.Event()
+        self._shutdown_wanted = trio.Event()
+        self._queues = QueueCommands(config, self.registers, self._nvme)
+        self._admin = Admin(self, self._nvme)
+        self._admin.register(self._queues.handlers())
+        self.namespaces = Namespaces(config, self._nvme, namespaces)
+        self._admin.register(Identify(config, self.namespaces).handlers())
+        self.events = AsyncEvents(self._admin)
+        self._admin.register(self.events.handlers())
+
+    # The device's task.
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Executes admin commands, shutdowns and timers until cancelled. Commands in progress are left as they are."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            if self.engine.kind == "inline":
+                nursery.start_soon(self._kick_when_due)
+            task_status.started()
+            while True:
+                await self._shutdown_wanted.wait()
+                self._shutdown_wanted = trio.Event()
+                await self.namespaces.sync()
+                self.registers.shut_down_complete()
+
+    async def _watch(self) -> None:
+        descriptor = lib.pv_nvme_event_fd(self._nvme)
+        while True:
+            await trio.lowlevel.wait_readable(descriptor)
+            self._heed(lib.pv_nvme_events(self._nvme))
+
+    def _heed(self, events: int) -> None:
+        """What the data path has to say."""
+        if events & lib.PV_NVME_EVENT_FATAL:
+            self.registers.fail()
+        if events & lib.PV_NVME_EVENT_DOORBELL:
+            self.events.post(lib.NVME_AER_ERROR, lib.NVME_AER_ERROR_INVALID_DB_REG, lib.NVME_LOG_ERROR)
+        if events & lib.PV_NVME_EVENT_DOORBELL_VALUE:
+            self.events.post(lib.NVME_AER_ERROR, lib.NVME_AER_ERROR_INVALID_DB_VALUE, lib.NVME_LOG_ERROR)
+        if events & lib.PV_NVME_EVENT_PIN:
+            self.set_intx(bool(lib.pv_nvme_pin(self._nvme)))
+        if events & lib.PV_NVME_EVENT_TIMER:
+            self._due_changed.set()
+        if events & lib.PV_NVME_EVENT_ADMIN:
+            self._admin.run_waiting()
+
+    async def _kick_when_due(self) -> None:
+        """An inline engine has nobody else to run it when a delay or a coalescing time is over."""
+        while True:
+            due = lib.pv_nvme_due(self._nvme)
+            left = max(0.0, (due - time.monotonic_ns()) / 1e9) if due else math.inf
+            with trio.move_on_after(left):
+                await self._due_changed.wait()
+            self._due_changed = trio.Event()
+            self.engine.kick()
+
+    # What the registers ask.
+
+    def enable(self, settings: EnableSettings) -> bool:
+        """CC.EN was set (NVMe Base 2.0c 3.5.1)."""
+        return not lib.pv_nvme_enable(
+            self._nvme,
+            settings.asq,
+            settings.asq_size,
+            settings.acq,
+            settings.acq_size,
+            settings.page_shift,
+            settings.arbitration,
+        )
+
+    def disable(self) -> None:
+        """The reset of the controller: queues and what is in flight go, no completion follows (Base 3.7.2)."""
+        self.cancel_dma(True)
+        lib.pv_nvme_disable(self._nvme)
+        self.cancel_dma(False)
+        self.events.reset()
+        self._queues.granted = (self.nvme_config.queues, self.nvme_config.queues)
+        self.set_intx(False)
+
+    def shut_down(self, abrupt: bool) -> None:
+        """CC.SHN: what is cached becomes durable; an abrupt one makes no haste about it here."""
+        self._shutdown_wanted.set()
+
+    def subsystem_reset(self) -> None:
+        """NSSR (Base 3.7.1): as power-on, but for CSTS.NSSRO."""
+        self.registers.subsystem_was_reset = True
+        self.on_reset()
+
+    def mask_pin(self, mask: int) -> None:
+        """INTMS and INTMC."""
+        lib.pv_nvme_mask_pin(self._nvme, mask)
+
+    # Hooks of the PCI function.
+
+    def mmio_read(self, bar: int, offset: int, size: int) -> int:
+        """A register; doorbells read zero."""
+        return self.registers.read(offset, size) if offset < _DOORBELLS else 0
+
+    def mmio_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """A register, or a doorbell."""
+        if offset < _DOORBELLS:
+            self.registers.write(offset, size, value)
+        else:
+            lib.pv_mmio_store(self._mmio, offset, size, value)
+
+    def mmio(self, bar: int) -> Any:
+        """The doorbells' path in C."""
+        return self._mmio if bar == _BAR else None
+
+    def on_enable(self, memory: bool, master: bool) -> None:
+        """Doorbells count only while memory decodes; work that waited for bus mastering goes on."""
+        lib.pv_nvme_decode(self._nvme, memory)
+        lib.pv_nvme_set_pin(self._nvme, not self.msix_enabled)
+        if master:
+            self.engine.kick()
+
+    def on_reset(self) -> None:
+        """Everything as after power-on; what was acknowledged as durable still is."""
+        self.disable()
+        self.registers.power_on()
+
+    def close(self) -> None:
+        """Ends DMA and the engine's work for good."""
+        if not self._closed:
+            super().close()
+            lib.pv_nvme_decode(self._nvme, 0)
+            lib.pv_nvme_disable(self._nvme)
+            self.engine.pause()
+            self.namespaces.close()
+
+
+class _DataPath:
+    """The C side. It lives as long as anybody holds ``ptr``; the engine's handle and the doorbells hold this."""
+
+    def __init__(self, config: NvmeConfig, bus: Any, msix: Any, kind: int) -> None:
+        values = {
+            "dstrd": config.dstrd,
+            "mdts_shift": config.mdts_shift,
+            "poll_doorbells": config.poll_doorbells,
+        }
+        self.ptr = lib.pv_nvme_create(ffi.new("struct pv_nvme_config *", values), bus, msix, kind)
+        if self.ptr == ffi.NULL:
+            raise MemoryError("no room for an NVMe controller")
+        # As the DSA's: the engine stops first of all, its memory goes with the last who holds the pointer.
+        weakref.finalize(self, _stop, self.ptr)
+        same = ffi.cast("struct pv_nvme *", self.ptr)
+        weakref.finalize(self.ptr, lib.pv_nvme_destroy, same).atexit = False
+
+    def mmio(self) -> Any:
+        """``struct pv_mmio *`` that keeps this alive."""
+        return ffi.gc(lib.pv_nvme_mmio(self.ptr), self._let_go)
+
+    def _let_go(self, mmio: Any) -> None:
+        pass
+
+
+def _stop(nvme: Any) -> None:
+    lib.pv_engine_pause(lib.pv_nvme_engine(nvme))
