@@ -68,8 +68,9 @@ class DeviceSpec:
     """One device of a machine.
 
     ``kind`` is ``"dsa"``, ``"nvme"``, ``"testdev"`` or ``"rogue"`` (which never stops); ``name`` defaults to
-    the kind and a number ("dsa0"). Devices with the same ``bus`` are functions of one vPCI bus, and of one IOMMU group unless
-    ``isolated``; by default each has a bus of its own. ``driver`` is the kernel driver that owns it at boot.
+    the kind and a number ("dsa0"). Devices with the same ``bus`` are functions of one vPCI bus, and of one
+    IOMMU group unless ``isolated``; by default each has a bus of its own. ``driver`` is the kernel driver that
+    owns it at boot.
     ``engine`` overrides the machine's; a rogue is always a thread. ``options`` go to the device's constructor.
     ``pviommu=False``: the hypervisor says the pvIOMMU does not serve it.
     """
