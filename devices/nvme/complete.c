@@ -78,6 +78,10 @@ static bool coalesces(const struct pv_nvme *nvme, const struct nvme_cq *cq)
 static void ring(struct pv_nvme *nvme, struct nvme_cq *cq)
 {
     cq->unrung = 0;
+    if (cq->silent) {
+        cq->silent = false;
+        return;
+    }
     if (atomic_load_explicit(&nvme->pin, memory_order_relaxed))
         nvme_event(nvme, PV_NVME_EVENT_PIN);
     else

@@ -125,6 +125,36 @@ void pv_nvme_get_stats(struct pv_nvme *nvme, struct pv_nvme_stats *out);
 uint32_t pv_nvme_errors(struct pv_nvme *nvme, struct nvme_error_log_entry *out, uint32_t max, uint64_t *total);
 void pv_nvme_log_error(struct pv_nvme *nvme, const struct nvme_error_log_entry *entry);
 
+/* What a rule does to the commands it matches. */
+#define PV_NVME_INJECT_DELAY 1          /* begins delay_ns later */
+#define PV_NVME_INJECT_DROP 2           /* never completes; an abort finds it */
+#define PV_NVME_INJECT_STATUS 3         /* ends with `status`, nothing done */
+#define PV_NVME_INJECT_CORRUPT 4        /* one bit of a read's or write's data flips, and it succeeds */
+#define PV_NVME_INJECT_LOSE_INTERRUPT 5 /* completes without its interrupt */
+#define PV_NVME_INJECT_FATAL 6          /* the controller goes into fatal status */
+#define PV_NVME_INJECT_VANISH 7         /* surprise removal */
+#define PV_NVME_RULES 32
+
+struct pv_nvme_rule {
+    uint8_t match[64]; /* of the command, where mask has ones */
+    uint8_t mask[64];
+    int32_t sq;           /* -1: any */
+    uint32_t action;
+    uint64_t skip, times; /* matches to let pass, then to act on; times 0: all */
+    uint32_t per_mille;   /* of what matches; 1000: all */
+    uint32_t status;
+    uint64_t delay_ns;
+};
+
+/* A number for the rule, -EINVAL, -ENOSPC. The first rule that acts decides. */
+int pv_nvme_inject(struct pv_nvme *nvme, const struct pv_nvme_rule *rule);
+/* How many commands it acted on. */
+uint64_t pv_nvme_injected(struct pv_nvme *nvme, int rule);
+/* Forgets one, or all (-1). */
+void pv_nvme_inject_clear(struct pv_nvme *nvme, int rule);
+/* What chance is made of: the same seed, rules and commands give the same faults. */
+void pv_nvme_inject_seed(struct pv_nvme *nvme, uint64_t seed);
+
 /* When an inline engine wants to be kicked, CLOCK_MONOTONIC ns; 0: not. */
 uint64_t pv_nvme_due(struct pv_nvme *nvme);
 

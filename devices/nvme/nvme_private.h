@@ -27,6 +27,7 @@ struct nvme_sq {
 struct nvme_cq {
     bool live, interrupts, phase;
     bool starved; /* a submission queue waits for room */
+    bool silent;  /* the next interrupt is lost */
     uint32_t size, vector;
     uint32_t head, tail;
     uint32_t users;   /* submission queues */
@@ -104,6 +105,14 @@ struct pv_nvme {
     uint64_t uncoalesced[32]; /* vectors that coalescing is off for */
     _Atomic uint32_t pin, pin_mask;
 
+    struct nvme_rules {
+        struct pv_nvme_rule rule[PV_NVME_RULES];
+        uint64_t matched[PV_NVME_RULES], acted[PV_NVME_RULES];
+        uint32_t used; /* a bit a rule */
+        uint64_t random;
+    } rules;
+    _Atomic uint32_t gone;
+
     struct nvme_namespace ns[PV_NVME_NAMESPACES];
     uint32_t refuse;
     struct pv_nvme_stats stats;
@@ -133,10 +142,10 @@ struct pv_nvme {
 /* A command on its way through the data path. */
 struct nvme_request {
     const struct nvme_command *cmd;
-    uint32_t sq, sq_head;
+    uint32_t sq;
     uint32_t location; /* parameter error location: byte 7:0, bit 10:8 */
     uint64_t result;
-    bool fused;        /* the second of two whose first was good */
+    bool corrupt;      /* an injected flip of a bit */
 };
 
 extern const struct pv_mmio_ops nvme_mmio_ops;
@@ -152,6 +161,8 @@ bool nvme_hear(struct pv_nvme *nvme);
 
 /* schedule.c */
 int nvme_step(void *device);
+/* Gives an admin command to Python; false: there is no room. */
+bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd);
 /* One completion of a queue's command; nothing where the queue is gone. */
 void nvme_end(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result);
 
@@ -183,6 +194,11 @@ void nvme_note_error(struct pv_nvme *nvme, const struct nvme_request *request, u
 uint32_t nvme_map_data(struct pv_nvme *nvme, const struct nvme_command *cmd, uint64_t n, struct nvme_data *data);
 uint32_t nvme_to_host(struct pv_nvme *nvme, struct nvme_data *data, const uint8_t *from, uint64_t n);
 uint32_t nvme_from_host(struct pv_nvme *nvme, struct nvme_data *data, uint8_t *to, uint64_t n);
+
+/* inject.c: what a rule does to a command before it runs: 0 (it runs), a status, or NVME_LATER. */
+uint32_t nvme_inject(struct pv_nvme *nvme, struct nvme_request *request);
+/* After it ran well, where it is to be corrupted. */
+void nvme_corrupt(struct pv_nvme *nvme, const struct nvme_request *request);
 
 /* io.c: a status, or NVME_LATER. */
 uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request);

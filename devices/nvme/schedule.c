@@ -100,8 +100,7 @@ void nvme_end(struct pv_nvme *nvme, uint32_t id, uint16_t cid, uint32_t status, 
     nvme_post(nvme, &nvme->cq[sq->cq], &entry, 1);
 }
 
-/* False: no room in the ring, the command stays in its queue. */
-static bool hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd)
+bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd)
 {
     pthread_mutex_lock(&nvme->lock);
     bool room = nvme->admin_count < NVME_AQA_MAX;
@@ -141,12 +140,16 @@ static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint3
     struct nvme_sq *sq = b->sq;
     struct nvme_request request = {.cmd = &b->cmd[i], .sq = b->id};
     sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
+    if (!status && nvme->rules.used)
+        status = nvme_inject(nvme, &request);
     if (!status)
         status = nvme_io(nvme, &request);
     if (status == NVME_LATER)
         return status;
     if (status)
         nvme_note_error(nvme, &request, status);
+    else if (request.corrupt)
+        nvme_corrupt(nvme, &request);
     b->done[b->completed++] = (struct nvme_completion){.result = (uint32_t)request.result,
                                                        .result_hi = (uint32_t)(request.result >> 32),
                                                        .sq_head = (uint16_t)sq->head,
@@ -177,9 +180,13 @@ static int run_admin(struct pv_nvme *nvme, struct burst *b)
     for (uint32_t i = 0; i < b->count; i++) {
         if (!pv_engine_gate(nvme->engine))
             return PV_STEP_STOPPED;
-        if (!hand_over(nvme, &b->cmd[i]))
+        struct nvme_request request = {.cmd = &b->cmd[i], .location = NVME_ERROR_LOCATION_NONE};
+        uint32_t status = nvme->rules.used ? nvme_inject(nvme, &request) : 0;
+        if (!status && !nvme_hand_over(nvme, &b->cmd[i]))
             return PV_STEP_IDLE;
         sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
+        if (status && status != NVME_LATER)
+            nvme_end(nvme, 0, b->cmd[i].cid, status, 0);
     }
     return PV_STEP_PROGRESS;
 }
@@ -246,7 +253,7 @@ int nvme_step(void *device)
 {
     struct pv_nvme *nvme = device;
     if (!atomic_load_explicit(&nvme->ready, memory_order_acquire) || !atomic_load(&nvme->enabled) ||
-        atomic_load(&nvme->fatal))
+        atomic_load(&nvme->fatal) || atomic_load(&nvme->gone))
         return PV_STEP_IDLE;
     bool any = nvme_hear(nvme);
     any |= nvme_run_waiting(nvme);

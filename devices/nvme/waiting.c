@@ -76,7 +76,9 @@ static void run_due(struct pv_nvme *nvme, struct nvme_waiting **at)
     uint32_t sq = (*at)->sq, status = (*at)->status;
     leave(nvme, at);
     struct nvme_request request = {.cmd = &cmd, .sq = sq};
-    if (status == NVME_LATER)
+    if (status == NVME_LATER && !sq)
+        status = nvme_hand_over(nvme, &cmd) ? NVME_LATER : NVME_SC_INTERNAL;
+    else if (status == NVME_LATER)
         status = nvme_io(nvme, &request);
     if (status != NVME_LATER)
         nvme_end(nvme, sq, cmd.cid, status, request.result);
