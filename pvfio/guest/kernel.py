@@ -23,12 +23,14 @@ from pvfio.abi.hyperv import logical_id_prefix
 from pvfio.errors import HypercallError, IommuError, VfioError
 from pvfio.guest.dma_domain import check_kind
 from pvfio.guest.iommu_group import IommuGroup
+from pvfio.guest.iommufd import IommufdFile
 from pvfio.guest.logical_id import LogicalIdRegistry
 from pvfio.guest.pci import PciDevice, VpciChannel, enumerate_bus
 from pvfio.guest.pviommu import PvIommu
 from pvfio.guest.swiotlb import BouncePool
 from pvfio.guest.transport import HypercallEntry, HypercallTransport
 from pvfio.guest.type1 import LockedMemory, Type1, Type1Limits
+from pvfio.guest.vfio_cdev import CdevFile
 from pvfio.guest.vfio_container import ContainerFile
 from pvfio.guest.vfio_files import FileTable
 from pvfio.guest.vfio_group import GroupFile, VfioGroup
@@ -241,11 +243,12 @@ class GuestKernel:
 
 
 class VfioNamespace:
-    """The VFIO files of the guest: containers, groups, and the devices bound to vfio-pci."""
+    """The VFIO files of the guest: containers, groups, iommufds, and the devices bound to vfio-pci."""
 
     def __init__(self, kernel: GuestKernel) -> None:
         self._kernel = kernel
         self._account = LockedMemory(kernel.limits.memlock)
+        self._user_account = LockedMemory(kernel.limits.memlock)
         self.files = FileTable()
         self.groups: dict[int, VfioGroup] = {}
 
@@ -259,6 +262,17 @@ class VfioNamespace:
         if group is None:
             raise VfioError(errno.ENOENT, f"open group {group_id}", "no such group")
         return group.open()
+
+    def open_iommufd(self) -> IommufdFile:
+        """A new iommufd (/dev/iommu)."""
+        return IommufdFile(self._kernel.memory, self.files, (self._user_account, self._account))
+
+    def open_cdev(self, name: str) -> CdevFile:
+        """Opens a device's own file by the device's name. Raises ENOENT where no such device is bound to vfio-pci."""
+        for group in self.groups.values():
+            if name in group.devices:
+                return CdevFile(group.devices[name], group, self.files)
+        raise VfioError(errno.ENOENT, "open cdev", "no such device", device=name)
 
     def device_file(self, fd: int) -> DeviceFile:
         """The device file of a number. Raises EBADF."""
