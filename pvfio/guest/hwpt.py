@@ -21,7 +21,6 @@ from pvfio.abi import ffi, lib
 from pvfio.errors import HypercallError, IommuError, VfioError
 from pvfio.guest.ioas import Ioas, as_vfio_errors
 from pvfio.guest.ioas_iova import TOP
-from pvfio.guest.paging_domain import IotlbGather
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
@@ -137,7 +136,7 @@ class NestedHwpt(Hwpt):
                 gone = self._pass(lib.pv_shadow_remove, self.domain, first, last)
                 if gone.first <= gone.last:
                     with as_vfio_errors("hwpt_invalidate"):
-                        self.domain.iotlb_sync(IotlbGather(gone.first, gone.last))
+                        self.domain.flush_range(gone.first, gone.last)
             # Also after a removal that met, and took, what changed under it.
             if found.missing or found.stale:
                 self._pass(lib.pv_shadow_add, self.domain, first, last)

@@ -76,11 +76,9 @@ class PageStore:
             if extent < 0:
                 reason = f"process address {pages.start:#x} is not pinnable memory"
                 raise VfioError(errno.EFAULT, "pin", reason, length=pages.size)
-            account = pages.account
-            if account.limit is not None and account.locked + pages.size > account.limit:
+            if not pages.account.charge(pages.size):
                 lib.pv_memory_unpin(self._memory, extent)
                 raise VfioError(errno.ENOMEM, "pin", "RLIMIT_MEMLOCK exceeded", length=pages.size)
-            account.locked += pages.size
             pages.extent = extent
         pages.holders += 1
 
@@ -89,7 +87,7 @@ class PageStore:
         pages.holders -= 1
         if not pages.holders:
             lib.pv_memory_unpin(self._memory, pages.extent)
-            pages.account.locked -= pages.size
+            pages.account.charge(-pages.size)
 
     def runs(self, vaddr: int, size: int) -> list[tuple[int, int]]:
         """The guest memory behind pinned process memory, as (GPA, bytes)."""

@@ -120,7 +120,7 @@ class IommufdFile:
     def get(self, number: int, kind: type[_T]) -> _T:
         """The object of a number. Raises ENOENT for none, or one of another kind."""
         thing = self.objects.get(number)
-        if not isinstance(thing, kind):
+        if thing is None or not isinstance(thing, kind):
             raise VfioError(errno.ENOENT, "iommufd", f"object {number}")
         return thing
 

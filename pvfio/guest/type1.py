@@ -89,6 +89,15 @@ class LockedMemory:
         """What is locked now."""
         return int(self.ptr.locked)
 
+    def charge(self, size: int) -> bool:
+        """Counts ``size`` bytes more, or (negative) fewer; false, and nothing counted, where that is beyond the
+        limit.
+        """
+        if size > 0 and self.ptr.locked + size > self.ptr.limit:
+            return False
+        self.ptr.locked += size
+        return True
+
 
 class Type1:
     """One container's IOMMU.
@@ -196,8 +205,8 @@ class Type1:
     def unmap_batch(self, iovas: Words, sizes: Words) -> Words:
         """As ``unmap`` without flags for each element of two contiguous arrays, in order, with one flush per domain.
 
-        Returns the bytes of each. Raises ``VfioBatchError`` for the first element that is refused: those before it are
-        unmapped, those after it are not.
+        Returns the bytes of each. Raises ``VfioBatchError`` for the first element that is refused: those before it
+        are unmapped, those after it are not.
         """
         unmapped, error = self._unmap_arrays(iovas, sizes)
         if error:
@@ -297,8 +306,8 @@ class Type1:
     def detach_group(self, group: IommuGroup) -> None:
         """Moves a group's devices to blocking; with the last group every mapping goes.
 
-        A claim made by ``attach_group`` is released. Raises ``VfioError``: EINVAL for a group that is not attached, or
-        what the host's refusal to block a device means: the group stays attached then.
+        A claim made by ``attach_group`` is released. Raises ``VfioError``: EINVAL for a group that is not attached,
+        or what the host's refusal to block a device means: the group stays attached then.
         """
         try:
             self._carriers.detach(group, self._drop_all)

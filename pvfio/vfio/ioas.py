@@ -52,16 +52,7 @@ class Ioas(Container):
         (memlock).
         """
         vaddr, length, plain = _extent(buffer)
-        command = self._map
-        command.flags = _flags(read, write) | (0 if iova is None else lib.IOMMU_IOAS_MAP_FIXED_IOVA)
-        try:
-            command.user_va = vaddr
-            command.length = length
-            command.iova = iova or 0
-        except OverflowError:
-            raise VfioError(errno.EOVERFLOW, "ioas_map", "not 64 bits", iova=iova, length=length) from None
-        self._ioctl(lib.IOMMU_IOAS_MAP, command)
-        placed: int = command.iova
+        placed = self._map_address(vaddr, length, iova, _flags(read, write))
         if not plain:
             buffer.iova = placed
         return placed
@@ -210,6 +201,22 @@ class Ioas(Container):
         """A device came or went: the IOVA ranges may have changed."""
         if not self._closed and not self.iommufd.closed:
             self.iova_allocator.set_ranges(self.iova_ranges() if self.users else ())
+
+    def _map_address_nowait(self, iova: int, vaddr: int, size: int, flags: int) -> None:
+        read, write = flags & lib.VFIO_DMA_MAP_FLAG_READ, flags & lib.VFIO_DMA_MAP_FLAG_WRITE
+        self._map_address(vaddr, size, iova, _flags(bool(read), bool(write)))
+
+    def _map_address(self, vaddr: int, length: int, iova: int | None, flags: int) -> int:
+        command = self._map
+        command.flags = flags | (0 if iova is None else lib.IOMMU_IOAS_MAP_FIXED_IOVA)
+        try:
+            command.user_va = vaddr
+            command.length = length
+            command.iova = iova or 0
+        except OverflowError:
+            raise VfioError(errno.EOVERFLOW, "ioas_map", "not 64 bits", iova=iova, length=length) from None
+        self._ioctl(lib.IOMMU_IOAS_MAP, command)
+        return int(command.iova)
 
     def _ranges(self) -> tuple[tuple[tuple[int, int], ...], int]:
         room = 16
