@@ -120,8 +120,8 @@ class LiveMapping:
 class DmaDebug:
     """Remembers the mappings of every device and judges what is done with them.
 
-    A report is logged as a warning and kept in ``reports``; with ``raises`` the call raises ``DmaMisuseError``
-    as well, before anything is unmapped or synced. ``remember``: how many ended mappings are known, to tell a
+    A report is logged as a warning and kept in ``reports``; with ``raises`` an unmap or a sync raises
+    ``DmaMisuseError`` as well, before anything is done. ``remember``: how many ended mappings are known, to tell a
     second unmap, or a sync that comes too late, from an address that never was. ``keep``: how many reports;
     ``count`` counts all.
     """
@@ -267,7 +267,7 @@ class DmaDebug:
     def unbound(self, device: str) -> None:
         """A driver let go of its device: what it left mapped is a leak, told in one report with the oldest as example.
 
-        The mappings stay known, as they stay mapped, and are not reported again. Raises ``DmaMisuseError``.
+        The mappings stay known, as they stay mapped, and are not reported again. Nobody is left to raise to.
         """
         left = [mapping for mapping in self.mappings(device) if not mapping.leaked]
         if not left:
@@ -276,7 +276,7 @@ class DmaDebug:
             mapping.leaked = True
         first = left[0]
         detail = f"one of {len(left)}, mapped as {first.kind} {_DIRECTIONS[first.direction]}"
-        self._report([DmaMisuse(Rule.LEAK, device, first.address, first.size, detail, _caller(), first.at)])
+        self._record([DmaMisuse(Rule.LEAK, device, first.address, first.size, detail, _caller(), first.at)])
 
     def _containing(self, device: str, address: int) -> LiveMapping | None:
         """The mapping that holds a byte: the nearest that begins at or below it and reaches it."""

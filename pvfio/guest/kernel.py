@@ -158,6 +158,7 @@ class GuestKernel:
                     group.close()
                     del self.groups[group.id]
             self.devices.remove(device)
+            self._driver_left(device, None)
         if self._buses.pop(channel.segment, None) is not None:
             self.registry.unregister(channel.segment)
 
@@ -171,14 +172,16 @@ class GuestKernel:
     def bind(self, device: PciDevice, driver: str | None) -> None:
         """Binds a driver by name, or none; "vfio-pci" gives the function to userspace.
 
-        Raises EBUSY while the function is open, or for a driver that wants the group's DMA while VFIO has
-        claimed it; EINVAL for vfio-pci without a group.
+        The function may be making DMA: it stays in the default domain, with what the driver before left mapped,
+        until VFIO claims it. Raises EBUSY while the function is open, or for a driver that wants the group's DMA
+        while VFIO has claimed it; EINVAL for vfio-pci without a group.
         """
-        group = device.iommu_group
+        group, before = device.iommu_group, device.driver
         if group is None:
             if driver == VFIO_PCI:
                 raise VfioError(errno.EINVAL, "bind vfio-pci", "no IOMMU group", device=device.name)
             device.driver = driver
+            self._driver_left(device, before)
             return
         if driver != device.driver and self.vfio.in_use(device):
             raise VfioError(errno.EBUSY, f"bind {driver}", "open in VFIO", device=device.name)
@@ -187,6 +190,7 @@ class GuestKernel:
             self.vfio.add(device)
         else:
             self.vfio.remove(device)
+        self._driver_left(device, before)
 
     async def unbind(self, device: PciDevice) -> None:
         """Takes a function from its driver; from VFIO by asking for it (REQ) until its user closes it.
@@ -207,6 +211,12 @@ class GuestKernel:
             self.iommu.close()
             self.iommu = None
         self.transport.close()
+
+    def _driver_left(self, device: PciDevice, before: str | None) -> None:
+        """What a driver that is gone left mapped is for the checks to find. A function that went has none."""
+        gone = device not in self.devices
+        if (gone or device.driver != before) and self.dma_debug is not None:
+            self.dma_debug.unbound(device.name)
 
     def _leave(self, group: IommuGroup, device: PciDevice) -> None:
         """Out of the group, and of the blocking domain too, so that it can be deleted.
