@@ -4,7 +4,7 @@
  *
  * The checker knows nothing of translation: whenever an invalidation or an attach has returned, it marks the memory that
  * is nobody's any more, and finds its mark untouched later. Under ThreadSanitizer the marks themselves race with any
- * DMA that the handshake did not order before them. Argument: milliseconds.
+ * DMA that the handshake did not order before them. Arguments: milliseconds, and how many unmaps at least.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -33,6 +33,7 @@
 #define PIECE 65536
 #define HOT (WINDOW + SLOTS * SLOT) /* a page that is mapped, flushed and mapped elsewhere all the time */
 #define PATIENCE_NS 60000000000
+#define PATIENCE_PER_UNMAP_NS 5000000
 #define HOT_TURNS 200
 #define MARK 0x5a
 #define DMA_BYTE 0xa5
@@ -71,7 +72,7 @@ struct side {
     struct buffer *slot[SLOTS];
     bool ats;
     bool small[SLOTS]; /* mapped in 4 KiB pages */
-    unsigned unmaps, pieces, moves, written, hot_written;
+    unsigned unmaps, pieces, turns, moves, written, hot_written;
     uint32_t id;
     uint64_t random;
     pthread_t thread;
@@ -83,7 +84,7 @@ static struct pv_iommu *iommu;
 static struct pv_domain *identity;
 static struct side sides[SIDES];
 static _Atomic int engines_stop;
-static uint64_t end_ns;
+static uint64_t end_ns, unmaps_wanted; /* of a side */
 
 static uint64_t now_ns(void)
 {
@@ -178,11 +179,13 @@ static void *run_engine(void *arg)
     memset(&pattern, DMA_BYTE, sizeof(pattern));
     while (!atomic_load(&engines_stop)) {
         struct pv_dma dma;
+        sched_yield(); /* rather here than with a section open, for which a flush would wait */
         for (unsigned i = 0; i < 16; i++)
             pv_bus_fill(e->bus, HOT + e->number * 64, &pattern, 64, &dma);
         uint64_t target = atomic_load(&e->target), slots = target % SLOT;
         uint64_t at = target - slots + next_random(&random) % slots * SLOT + e->number * PART;
-        uint64_t size = 1 + next_random(&random) % (PART / 4), offset = next_random(&random) % (PART / 4);
+        uint64_t most = 64ull << next_random(&random) % 14; /* 64 bytes to half a megabyte: mostly short */
+        uint64_t size = 1 + next_random(&random) % (most < PART / 4 ? most : PART / 4), offset = next_random(&random) % (PART / 4);
         uint64_t other = PART / 2 + next_random(&random) % (PART / 4);
         if (next_random(&random) % 2)
             pv_bus_fill(e->bus, at + offset, &pattern, size, &dma);
@@ -251,9 +254,12 @@ static void turn_hot_page(struct side *s)
         CHECK(!pt_map_range(s->table, HOT, s->hot.gpa + page, 4096, PT_READ | PT_WRITE));
         for (unsigned wait = next_random(&s->random) % 64; wait; wait--)
             __builtin_ia32_pause();
+        if (next_random(&s->random) % 4 == 0)
+            sched_yield();
         unmap(s, HOT, 4096, 0);
         s->hot_written += memchr(at, DMA_BYTE, ENGINES * 64) != NULL;
         memset(at, MARK, ENGINES * 64);
+        s->turns++;
     }
 }
 
@@ -315,8 +321,8 @@ static void change_domain(struct side *s)
 static bool goes_on(const struct side *s)
 {
     uint64_t now = now_ns();
-    bool seen = s->unmaps && s->written && s->hot_written;
-    return now < end_ns || (!seen && now < end_ns + PATIENCE_NS);
+    bool seen = s->unmaps && s->written && s->hot_written && s->unmaps + s->pieces + s->turns >= unmaps_wanted;
+    return now < end_ns || (!seen && now < end_ns + PATIENCE_NS + unmaps_wanted * PATIENCE_PER_UNMAP_NS);
 }
 
 static void *run_side(void *arg)
@@ -408,6 +414,7 @@ int main(int argc, char **argv)
     unsigned seen = 0;
     build();
     end_ns = now_ns() + (argc > 1 ? strtoull(argv[1], NULL, 10) : 1000) * 1000000;
+    unmaps_wanted = (argc > 2 ? strtoull(argv[2], NULL, 10) : 0) / SIDES;
     for (unsigned i = 0; i < SIDES; i++)
         for (unsigned e = 0; e < ENGINES; e++)
             CHECK(!pthread_create(&sides[i].engine[e].thread, NULL, run_engine, &sides[i].engine[e]));
@@ -422,9 +429,10 @@ int main(int argc, char **argv)
         for (unsigned e = 0; e < ENGINES; e++)
             pthread_join(s->engine[e].thread, NULL);
         CHECK(pv_domain_destroy(s->domain) == -EBUSY);
-        printf("unmaps %u, pieces %u, domains %u, written %u, hot %u\n", s->unmaps, s->pieces, s->moves, s->written,
-               s->hot_written);
+        printf("unmaps: %u slots, %u pieces, %u hot pages; domains %u; written %u, hot %u\n", s->unmaps, s->pieces,
+               s->turns, s->moves, s->written, s->hot_written);
         seen |= (s->unmaps ? 1u : 0u) | (s->written ? 2u : 0u) | (s->hot_written ? 4u : 0u);
+        CHECK(s->unmaps + s->pieces + s->turns >= unmaps_wanted);
     }
     take_down();
     CHECK(seen == 7); /* else nothing was tested */
