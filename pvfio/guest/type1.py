@@ -326,6 +326,13 @@ class Type1:
                 _log.warning("group %d: not detached: %s", group.id, error)
         self._drop_all()
 
+    def set_laps(self, laps: Any) -> None:
+        """Lets a ``struct pv_laps *`` take the time of every step of maps and unmaps, until it is None again.
+
+        It must live as long.
+        """
+        self._state.laps = laps or ffi.NULL
+
     def _map_failed(self, error: int, iova: int, size: int) -> VfioError:
         """What to raise for a negative errno of a map; undoes what devices may have seen of it."""
         refusal = map_refusal(self._state, -error, iova, size)

@@ -1,0 +1,144 @@
+"""``pvfio dma-map-benchmark --breakdown``: which step of a map and of an unmap takes how long.
+
+Timers stand around the functions that are really called, in Python and in the C paths of the guest kernel
+(``workloads/stages.py``, ``guest/laps.h``); nothing is computed from parts measured elsewhere. Timers cost time
+themselves, so this is a run of its own beside the one without them, and what they take is taken off.
+
+The steps: ``call``, the way in and out in Python, whatever is in no other step; ``validation``, checks and the look-ups
+they need; ``iova``, the allocator's; ``pin``; ``index`` of mappings; ``page table``; ``hypercall``, filling the VP's
+page and the host's dispatch; ``flush handshake``, dropping IOTLB entries and waiting for the open sections of engines;
+``flush queue`` of a lazy domain, its part of one flush in many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from pvfio.abi import ffi, lib
+
+if TYPE_CHECKING:
+    from pvfio.guest.dma_api import DmaDevice
+    from pvfio.guest.paging_domain import PagingDomain
+    from pvfio.machine import Machine
+    from pvfio.vfio import Container
+    from pvfio.workloads.dma_map_benchmark import Mapper
+
+__all__ = ["STEPS", "Breakdown", "break_down"]
+
+STEPS = (
+    "call",
+    "validation",
+    "iova",
+    "pin",
+    "index",
+    "page table",
+    "hypercall",
+    "flush handshake",
+    "flush queue",
+)
+_LAP_STEPS = {
+    lib.PV_LAP_CHECK: "validation",
+    lib.PV_LAP_IOVA: "iova",
+    lib.PV_LAP_PIN: "pin",
+    lib.PV_LAP_INDEX: "index",
+    lib.PV_LAP_TABLE: "page table",
+}
+_BLOCK_SECONDS = 0.02
+_FEWEST = 200
+
+Probes = list[tuple[str, Any, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Nanoseconds of each step of a map and of an unmap, without what the timers took; of how many of each."""
+
+    map: dict[str, float]
+    unmap: dict[str, float]
+    count: int
+
+
+async def break_down(
+    source: Container | DmaDevice, mapper: Mapper, machine: Machine, name: str, seconds: float
+) -> Breakdown:
+    """Maps and unmaps as ``mapper`` does, through a container or a device's DMA side, with every step timed.
+
+    ``name`` is the device's in the machine. Cancelled: the timers are gone.
+    """
+    from pvfio.workloads.dma_map_benchmark import loop_clock_cost
+    from pvfio.workloads.stages import Stages
+
+    owner, domains = _owner(source)
+    laps = ffi.new("struct pv_laps *")
+    stages = Stages(
+        _probes(owner, domains, machine, name),
+        rest="call",
+        laps=laps,
+        lap_stages=[_LAP_STEPS[number] for number in range(lib.PV_LAPS)],
+        lap_clock=loop_clock_cost(),
+    )
+    end = time.perf_counter() + seconds
+    at = 0
+    with _lapped(owner, laps), stages.installed():
+        while at < _FEWEST or time.perf_counter() < end:
+            until = time.perf_counter() + _BLOCK_SECONDS
+            while time.perf_counter() < until:
+                place = mapper.places[at % len(mapper.places)]
+                at += 1
+                if mapper.fill is not None:
+                    mapper.fill(0x66)
+                handle = stages.run("map", mapper.map, place)
+                stages.run("unmap", mapper.unmap, place, handle)
+            await trio.lowlevel.checkpoint()
+    return Breakdown(
+        *(
+            {step: found[step] for step in STEPS if step in found}
+            for found in map(stages.typical, ("map", "unmap"))
+        ),
+        count=at,
+    )
+
+
+def _owner(source: Any) -> tuple[Any, list[PagingDomain]]:
+    """What carries the lap timer, a type1 or a DMA domain, and the paging domains it maps in."""
+    if hasattr(source, "map_single"):
+        dma = source.domain
+        return dma, [dma.domain] if dma.domain is not None else []
+    type1 = source.file.iommu
+    return type1, list(type1.domains)
+
+
+@contextmanager
+def _lapped(owner: Any, laps: Any) -> Iterator[None]:
+    owner.set_laps(laps)
+    try:
+        yield
+    finally:
+        owner.set_laps(None)
+
+
+def _probes(owner: Any, domains: list[PagingDomain], machine: Machine, name: str) -> Probes:
+    """The functions of Python that are steps, in the guest and in the host."""
+    probes: Probes = []
+    for domain in domains:
+        probes += [
+            ("hypercall", domain, "_flush_pages"),
+            ("page table", domain.table, "release_detached"),
+        ]
+    if getattr(owner, "queue", None) is not None:
+        transport = domains[0].iommu.transport
+        probes += [("flush queue", owner.queue, "flush"), ("hypercall", transport, "flush_device_domain")]
+    device = machine.hypervisor.domains.device(machine.devices[name].requester.device_id)
+    if device is not None and device.domain is not None:
+        silicon = device.domain.silicon
+        probes += [
+            ("flush handshake", silicon, "invalidate_pages"),
+            ("flush handshake", silicon, "invalidate"),
+        ]
+    return probes
