@@ -249,7 +249,6 @@ async def _measure(options: MapOptions, bench: _Bench, began: float) -> Measured
     if options.plot is not None:
         counts = _sweep_counts(options.mappings)
         for count in counts:
-            await target.clear()
             await _prepare(options, target, count)
             result = await _timed(options, target, sweep / len(counts), f"{count:,} live")
             measured.sweep.append((count, result))

@@ -50,7 +50,7 @@ _LAP_STEPS = {
     lib.PV_LAP_TABLE: "page table",
 }
 _BLOCK_SECONDS = 0.02
-_FEWEST = 200
+_BLOCK = 300  # operations at least between two checkpoints: more than a flush queue holds, so that some are full
 
 Probes = list[tuple[str, Any, str]]
 
@@ -74,7 +74,7 @@ async def break_down(
     from pvfio.workloads.dma_map_benchmark import loop_clock_cost
     from pvfio.workloads.stages import Stages
 
-    owner, domains = _owner(source)
+    owner, domains = _owner(source, machine)
     laps = ffi.new("struct pv_laps *")
     stages = Stages(
         _probes(owner, domains, machine, name),
@@ -86,9 +86,9 @@ async def break_down(
     end = time.perf_counter() + seconds
     at = 0
     with _lapped(owner, laps), stages.installed():
-        while at < _FEWEST or time.perf_counter() < end:
-            until = time.perf_counter() + _BLOCK_SECONDS
-            while time.perf_counter() < until:
+        while not at or time.perf_counter() < end:
+            until, fewest = time.perf_counter() + _BLOCK_SECONDS, at + _BLOCK
+            while at < fewest or time.perf_counter() < until:
                 place = mapper.places[at % len(mapper.places)]
                 at += 1
                 if mapper.fill is not None:
@@ -96,21 +96,20 @@ async def break_down(
                 handle = stages.run("map", mapper.map, place)
                 stages.run("unmap", mapper.unmap, place, handle)
             await trio.lowlevel.checkpoint()
-    return Breakdown(
-        *(
-            {step: found[step] for step in STEPS if step in found}
-            for found in map(stages.typical, ("map", "unmap"))
-        ),
-        count=at,
-    )
+    return Breakdown(_ordered(stages.typical("map")), _ordered(stages.typical("unmap")), at)
 
 
-def _owner(source: Any) -> tuple[Any, list[PagingDomain]]:
+def _ordered(found: dict[str, float]) -> dict[str, float]:
+    return {step: found[step] for step in STEPS if step in found}
+
+
+def _owner(source: Any, machine: Machine) -> tuple[Any, list[PagingDomain]]:
     """What carries the lap timer, a type1 or a DMA domain, and the paging domains it maps in."""
     if hasattr(source, "map_single"):
         dma = source.domain
         return dma, [dma.domain] if dma.domain is not None else []
-    type1 = source.file.iommu
+    file: Any = machine.kernel.vfio.files.get(source.file.fd)
+    type1 = file.iommu
     return type1, list(type1.domains)
 
 

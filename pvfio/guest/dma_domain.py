@@ -190,6 +190,14 @@ class DmaDomain:
             self._unpin(iova)
         self._ptr = self.iova = None
 
+    def set_laps(self, laps: Any) -> None:
+        """Lets a ``struct pv_laps *`` take the time of every step of maps and unmaps, until it is None again.
+
+        It must live as long. Identity has no steps.
+        """
+        if self._ptr is not None:
+            lib.pv_dma_set_laps(self._ptr, laps or ffi.NULL)
+
     def _flush(self, address: int, size: int) -> None:
         assert self.domain is not None
         start = address & ~_OFFSET

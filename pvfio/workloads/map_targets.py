@@ -88,7 +88,7 @@ def lay_out(ranges: Sequence[tuple[int, int]], live: int, threads: int, size: in
 
 
 class Target(ABC):
-    """Something to benchmark: ``prepare``, ``measure`` as often as wanted, ``clear``, and again."""
+    """Something to benchmark: ``prepare``, ``measure``, as often as wanted, and ``clear`` in the end."""
 
     clock_in_c = False
     """Whether the clock is read by the loop in C."""
@@ -97,7 +97,7 @@ class Target(ABC):
 
     @abstractmethod
     async def prepare(self, live: int, progress: Progress) -> None:
-        """Sets up that many live mappings and the threads' places; ``progress`` gets how many came."""
+        """Sets up the threads' places beside exactly that many live mappings; ``progress`` gets how many came."""
 
     @abstractmethod
     async def measure(self, seconds: float, progress: Callable[[float], None] | None = None) -> MapResult:
@@ -135,6 +135,7 @@ class VfioTarget(Target):
             (first, min(last, top)) for first, last in container.info().iova_ranges if first <= min(last, top)
         ]
         layout = lay_out(ranges, live, params.threads, params.size)
+        await self.clear()
         if not self._buffers:
             align = alignment(params.size)
             self._page = await container.alloc(PAGE, map=False)
@@ -213,6 +214,7 @@ class DmaTarget(Target):
     async def prepare(self, live: int, progress: Progress) -> None:
         """Raises ``DmaMappingError``: ENOMEM where the mask leaves no room or there is no memory for tables."""
         device, page, done = self.device, self._page, self._live
+        await self._keep(live)
         while len(done) < live:
             count = min(_CHUNK, live - len(done))
             done.extend([device.map_single(page, 0) for _ in range(count)])
@@ -233,7 +235,7 @@ class DmaTarget(Target):
 
             return Mapper((None,), single, unmap_one, fill)
         map_sg, unmap_sg = device.map_sg, device.unmap_sg
-        entries = [buffer[start : start + PAGE] for start in range(0, size, PAGE)]
+        entries: list[Any] = [buffer[start : start + PAGE] for start in range(0, size, PAGE)]
 
         def several(_: None) -> Any:
             return map_sg(entries, direction)
@@ -249,9 +251,13 @@ class DmaTarget(Target):
         )
 
     async def clear(self) -> None:
+        await self._keep(0)
+
+    async def _keep(self, most: int) -> None:
+        """Takes live mappings away until no more than so many are left."""
         unmap, live = self.device.unmap_single, self._live
-        while live:
-            for _ in range(min(_CHUNK, len(live))):
+        while len(live) > most:
+            for _ in range(min(_CHUNK, len(live) - most)):
                 unmap(live.pop(), PAGE, 0)
             await trio.lowlevel.checkpoint()
 
@@ -277,6 +283,7 @@ class TableTarget(Target):
         """Raises ``ValueError`` where the mask leaves no room, ``MemoryError`` without memory for the tables."""
         params = self.params
         top = min(1 << params.bits, 1 << 48) - 1
+        await self.clear()
         self._layout = lay_out([(0, top)], live, len(self.tables), params.size)
         for table in self.tables:
             for first, pages in self._layout.live:

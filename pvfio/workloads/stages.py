@@ -20,6 +20,7 @@ import numpy as np
 __all__ = ["Stages", "Timer"]
 
 _ROUNDS, _CALLS = 9, 500
+_clock = time.perf_counter_ns
 
 
 class Timer:
@@ -36,7 +37,7 @@ class Timer:
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, whose time counts for ``stage``."""
-        clock = time.perf_counter_ns
+        clock = _clock
         self.ns.setdefault(stage, 0.0)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +80,7 @@ class Timer:
                 function()
             return (clock() - start) / _CALLS
 
-        clock = time.perf_counter_ns
+        clock = _clock
         timed = self.timed("", nothing)
         plain, whole, own = [], [], []
         for _ in range(_ROUNDS):
@@ -144,9 +145,9 @@ class Stages:
         if laps is not None:
             for number in range(len(self._lap_stages)):
                 laps.ns[number] = laps.laps[number] = 0
-        start = time.perf_counter_ns()
+        start = _clock()
         result = operation(*args)
-        took = time.perf_counter_ns() - start
+        took = _clock() - start
         if laps is not None:
             for number, stage in enumerate(self._lap_stages):
                 if laps.laps[number]:
