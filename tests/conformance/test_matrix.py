@@ -196,6 +196,25 @@ async def test_random_mappings(shape: Shape) -> None:
             assert await rig.container.unmap_dma(iova, buffer.nbytes) == buffer.nbytes
 
 
+async def test_a_batch(shape: Shape) -> None:
+    """Pages of one buffer back to front, in one call each way, and one flush."""
+    pages, base = 96, (1 << 33) - 32 * K4
+    async with running(shape) as rig:
+        container, invalidations = rig.container, rig.requester.atc_stats().invalidations
+        source = await container.alloc(pages * K4, map=False)
+        source[:] = np.random.default_rng(3).integers(0, 256, source.nbytes)
+        target = await container.alloc(pages * K4)
+        iovas = np.uint64(base) + np.arange(pages, dtype=np.uint64) * np.uint64(K4)
+        vaddrs = np.uint64(source.vaddr) + np.arange(pages, dtype=np.uint64)[::-1] * np.uint64(K4)
+        await container.map_dma_batch(iovas, vaddrs, K4, write=False)
+        await rig.dsa.wq(0).memmove(target, base, pages * K4)
+        assert np.array_equal(target.reshape(pages, K4), source.reshape(pages, K4)[::-1])
+        assert (await container.unmap_dma_batch(iovas, K4) == K4).all()
+        assert rig.requester.atc_stats().invalidations - invalidations == shape.ats
+        for iova in (base, base + (pages - 1) * K4):
+            await rig.refused(rig.dsa.wq(0).memmove(target, iova, K4), iova, "not present")
+
+
 async def test_no_byte_lands_after_an_unmap(shape: Shape) -> None:
     """Fills before, beside (where the engine is a thread) and after the unmaps: the last ones all fault."""
     slots, size = 4, 4 * K4
