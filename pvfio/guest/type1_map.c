@@ -12,6 +12,8 @@
 #define DEAD 0x80u /* in an entry's flags: cleared, and waiting for the second half of its unmap */
 #define CHUNK 64u
 #define FIRST_ROOM 64u
+#define MANY 8192u /* mappings; where there are fewer, caches hold what a call touches */
+#define AHEAD 4u /* elements of a batch between two steps of asking for memory, and the work */
 
 _Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "permissions need no translation");
 
@@ -40,6 +42,29 @@ static bool runs_reserve(struct pv_type1 *t, uint64_t count)
     t->runs = more;
     t->run_room = room;
     return true;
+}
+
+static inline void prefetch_tables(const struct pv_type1 *t, uint64_t iova, uint32_t step)
+{
+    if (pv_mappings_count(t->mappings) < MANY)
+        return;
+    for (uint32_t i = 0; i < t->table_count; i++)
+        pt_prefetch(t->tables[i], iova, step);
+}
+
+/* The elements of a batch may be anywhere: one after the other would wait for memory each time. */
+static inline void prefetch_ahead(const struct pv_type1 *t, uint64_t i, uint64_t n, const uint64_t *iova)
+{
+    if (pv_mappings_count(t->mappings) < MANY)
+        return;
+    for (uint32_t step = 0; step < 3; step++) {
+        uint64_t at = i + (3 - step) * AHEAD;
+        if (at >= n)
+            continue;
+        prefetch_tables(t, iova[at], step);
+        if (step)
+            pv_mappings_prefetch(t->mappings, iova[at], step - 1);
+    }
 }
 
 /* Map. */
@@ -120,19 +145,23 @@ static void forget(struct pv_type1 *t, const struct pv_mapping *mapping)
     t->dma_avail++;
 }
 
+/* Between its own steps it asks for what the page tables will touch. */
 int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown)
 {
     uint64_t count;
     *shown = 0;
     pv_laps_begin(t->laps);
+    prefetch_tables(t, iova, 0);
     int error = check_map(t, iova, vaddr, size, flags);
     if (error)
         return error;
     pv_lap(t->laps, PV_LAP_CHECK);
+    prefetch_tables(t, iova, 1);
     int64_t extent = pin(t, iova, vaddr, size, &count);
     if (extent < 0)
         return (int)extent;
     pv_lap(t->laps, PV_LAP_PIN);
+    prefetch_tables(t, iova, 2);
     if (pv_mappings_insert(t->mappings, iova, size, vaddr, flags, (uint64_t)extent)) {
         pv_memory_unpin(t->memory, extent);
         return refuse(t, ENOMEM, PV_TYPE1_NO_MEMORY, iova);
@@ -165,8 +194,10 @@ int pv_type1_map_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, con
 {
     int error = 0, shown = 0;
     uint64_t i = 0;
-    for (; i < n && !error; i++)
+    for (; i < n && !error; i++) {
+        prefetch_ahead(t, i, n, iova);
         error = pv_type1_map(t, iova[i], vaddr[i], size[i], flags, &shown);
+    }
     *index = error ? i - 1 : n;
     *done = *index + (uint64_t)(error && shown);
     return error;
@@ -236,6 +267,7 @@ static int64_t unmap_one(struct pv_type1 *t, uint64_t iova, uint64_t size)
 {
     struct pv_mapping found;
     uint64_t last = iova + (size - 1);
+    prefetch_tables(t, iova, 0);
     if (iova & t->page_mask)
         return refuse(t, EINVAL, PV_TYPE1_UNALIGNED, iova);
     if (!size || size & t->page_mask)
@@ -246,6 +278,7 @@ static int64_t unmap_one(struct pv_type1 *t, uint64_t iova, uint64_t size)
         if (found.iova == iova && found.size == size) { /* the usual case: one mapping exactly */
             struct clearing c = {1, 0, 0};
             pv_lap(t->laps, PV_LAP_CHECK);
+            prefetch_tables(t, iova, 1);
             clear_mapping(t, &c, &found);
             clear_tables(t, &c);
             return (int64_t)size;
@@ -290,6 +323,7 @@ int pv_type1_unmap_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, c
 {
     begin(t);
     for (uint64_t i = 0; i < n; i++) {
+        prefetch_ahead(t, i, n, iova);
         int64_t unmapped = unmap_one(t, iova[i], size[i]);
         if (unmapped < 0) {
             *done = i;
@@ -330,6 +364,9 @@ void pv_type1_unmap_finish_batch(struct pv_type1 *t, uint64_t n, const uint64_t 
     struct pv_mapping found;
     pv_laps_begin(t->laps);
     for (uint64_t i = 0; i < n; i++) {
+        for (uint32_t step = 0; step < 2; step++)
+            if (i + (2 - step) * AHEAD < n)
+                pv_mappings_prefetch(t->mappings, iova[i + (2 - step) * AHEAD], step);
         uint64_t last = iova[i] + (size[i] - 1);
         if (pv_mappings_find(t->mappings, iova[i], &found) && found.flags & DEAD && found.iova == iova[i] &&
             found.size == size[i])
