@@ -117,13 +117,13 @@ class Type1AgainstDict(RuleBasedStateMachine):
                 refused = expected, index
             if refused is None:
                 self.model[iova] = (size, memory.vaddr)
-        columns = [np.array(column, np.uint64) for column in zip(*triples, strict=True)]
+        iovas, vaddrs, sizes = (np.array(column, np.uint64) for column in zip(*triples, strict=True))
         if refused is None:
-            self.type1.map_batch(*columns, 3)
+            self.type1.map_batch(iovas, vaddrs, sizes, 3)
             return
         self.model = taken
         with pytest.raises(VfioBatchError) as caught:
-            self.type1.map_batch(*columns, 3)
+            self.type1.map_batch(iovas, vaddrs, sizes, 3)
         assert (caught.value.errno, caught.value.index) == refused
 
     @rule(data=st.data(), grow=st.lists(st.integers(-1, 3), min_size=1, max_size=6))
