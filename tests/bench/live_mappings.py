@@ -1,9 +1,9 @@
 """Print what one more mapping costs beside a thousand to ten million live ones, and what each of those takes.
 
-Every row is a container of its own, with a device in it, that maps one page again and again: at every other page of a
-window, in random order, so that the one more always goes between two others and finds nothing cached. Measured are whole
-operations, as a driver makes them: ``map_dma_nowait``, a device's read of 8 bytes there (an IOTLB miss with its whole
-walk), ``unmap_dma_nowait`` with its flush hypercall, and the batch forms. The rows take turns; figures are medians.
+Every row is a container of its own, with a device in it, that maps one page again and again: at every other page of
+a window, in random order, so that the one more always goes between two others and finds nothing cached. Measured are
+whole operations, as a driver makes them: ``map_dma_nowait``, a device's read of 8 bytes there (an IOTLB miss with its
+whole walk), ``unmap_dma_nowait`` with its flush hypercall, and the batch forms. The rows take turns; figures are medians.
 
 Run as a program; ``--live`` gives the largest row (default 1,000,000), ``--plot FILE`` draws cost against number (needs
 matplotlib). It states figures and judges nothing.
