@@ -50,7 +50,9 @@ _LAP_STEPS = {
     lib.PV_LAP_TABLE: "page table",
 }
 _BLOCK_SECONDS = 0.02
-_BLOCK = 300  # operations at least between two checkpoints: more than a flush queue holds, so that some are full
+_BLOCK = (
+    300  # operations at least between two checkpoints: more than a flush queue holds, so that some are full
+)
 
 Probes = list[tuple[str, Any, str]]
 

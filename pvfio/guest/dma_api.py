@@ -291,6 +291,8 @@ class DmaDevice:
 
     def _unmap(self, address: int, size: int, direction: int, attrs: int) -> None:
         if not 0 <= direction <= 2 or size <= 0:
+            if self._debug is not None:
+                self._debug.unmap_refused()
             self._bad(direction, size, "unmap")
         bounce = self._bounces.get(address >> 12) if self._bounces else None
         try:
@@ -301,6 +303,8 @@ class DmaDevice:
                 raise OSError(errno.EINVAL, "not the bounce buffer that is mapped there")
             self.domain.unmap(address, bounce.whole)
         except OSError as error:
+            if self._debug is not None:
+                self._debug.unmap_refused()
             raise self._error(
                 errno.EINVAL, "unmap", str(error.strerror), address=address, size=size
             ) from error

@@ -53,8 +53,9 @@ class DmaDebugHook(Protocol):
     "scatter-gather" or "coherent"; addresses are DMA addresses, sizes bytes, ``cpu`` names the memory, ``entries``
     is the length of the list (of segments; address and size then span them all).
 
-    ``mapped`` comes after a success, ``unmapping`` and ``syncing`` before anything is done, ``unbound`` when the
-    driver lets go of its device. What it raises goes to the driver.
+    ``mapped`` comes after a success, ``unmapping`` and ``syncing`` before anything is done, ``unmap_refused`` after
+    an ``unmapping`` that came to nothing, ``unbound`` when the driver lets go of its device. What it raises goes to the
+    driver.
     """
 
     def mapped(
@@ -79,6 +80,7 @@ class DmaDebugHook(Protocol):
         cpu: int = 0,
         entries: int = 1,
     ) -> None: ...
+    def unmap_refused(self) -> None: ...
     def syncing(
         self,
         device: str,
