@@ -158,7 +158,7 @@ class DmaDevice:
                 address = self._bounce(memory, direction)
             else:
                 address = self.domain.map_phys(start, size, _PERM[direction], self._limit)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise self._error(errno.EFAULT, "map", str(error), size=size) from error
         except OSError as error:
             raise self._error(error.errno or 0, "map", error.strerror or "", size=size) from error

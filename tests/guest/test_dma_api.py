@@ -292,6 +292,8 @@ async def test_map_page(driver: MakeDriver, kind: str) -> None:
         (gpa, 0, 0, errno.EINVAL),
         (0xFEE0_0000, 0, 8, errno.EFAULT),
         (1 << 45, 0, 8, errno.EFAULT),
+        (1 << 70, 0, 8, errno.EFAULT),
+        ((1 << 64) - PAGE, 0, 2 * PAGE, errno.EFAULT),
         (gpa, 0, 1 << 40, errno.EFAULT),
     ):
         with refused(number):
@@ -406,11 +408,15 @@ async def test_a_domain_exhausted_is_usable_again(driver: MakeDriver) -> None:
     assert sorted(dma.map_single(page, TO_DEVICE) for _ in range(255)) == sorted(addresses)
 
 
-async def test_refused_flushes_keep_the_range_until_one_succeeds(driver: MakeDriver) -> None:
+@pytest.mark.parametrize("a_list", [False, True])
+async def test_refused_flushes_keep_the_range_until_one_succeeds(driver: MakeDriver, a_list: bool) -> None:
     machine, dma, bus = side = await driver("strict")
     hypervisor = machine.hypervisor
     buffer = side.memory.alloc(PAGE)
-    address = dma.map_single(buffer, FROM_DEVICE)
+    ((address, _),) = segments = dma.map_sg([buffer], FROM_DEVICE)
+    if not a_list:
+        dma.unmap_sg(segments, FROM_DEVICE)
+        assert dma.map_single(buffer, FROM_DEVICE) == address
     bus.write(address, b"cached")
     for call in FLUSHES:
         hypervisor.inject(call, lib.HV_STATUS_INSUFFICIENT_MEMORY, 1)
@@ -436,6 +442,10 @@ async def test_a_group_that_goes_takes_its_mappings_along(driver: MakeDriver, ki
     machine.kernel.remove_bus(machine.buses[0])
     assert side.memory.stats().pins == 0
     assert side.memory.stats().table_pages == before.table_pages - 1
+    with refused(errno.ENODEV):
+        dma.map_single(buffer, TO_DEVICE)
+    with refused(errno.ENODEV):
+        dma.map_sg([buffer], TO_DEVICE)
 
 
 async def test_the_kind_of_a_groups_default_domain(emulated: Any) -> None:
