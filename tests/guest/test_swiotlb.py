@@ -105,8 +105,9 @@ async def test_syncs_move_the_part_that_is_named(
     seen = np.frombuffer(side.bus.read(address, 300), np.uint8)
     assert (seen == np.where(named & (direction is not FROM_DEVICE), 0x22, OURS)).all()
     if direction is TO_DEVICE:
+        part[:] = 0x33
         side.dma.sync_single_for_cpu(address + start, size, direction)
-        assert (part == 0x22).all()
+        assert (part == 0x33).all()
         return
     side.bus.write(address, b"\x77" * 300)
     side.dma.sync_single_for_cpu(address + start, size, direction)
