@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,12 @@ class Rig:
         # The lower half of RAM, so that the canary is in it.
         blocks = [machine.memory.alloc(SIZE, align=SIZE) for _ in range(RAM // 2 // SIZE)]
         blocks.sort(key=self.gpa)
-        self.kernel_memory, self.user_memory = blocks[:2]
-        places = {"kernel": self.kernel_memory, "user": self.user_memory}
+        self.kernel_memory, self.user_memory, self.other_memory = blocks[:3]
+        places = {"kernel": self.kernel_memory, "user": self.user_memory, "other": self.other_memory}
         self.dma = DmaDevice(self.kernel, self.device, mask_bits=MASK_BITS)
         self.iova = self.map()
         if machine.config.default_domain != "identity":
-            canary = next(block for block in blocks[2:] if self.gpa(block) == self.iova)
+            canary = next(block for block in blocks[3:] if self.gpa(block) == self.iova)
             places["canary"] = canary
         self.rogue.aim(self.iova, window)
         self.watch = Watch(
@@ -186,6 +187,33 @@ async def test_closed_while_mapped(kind: DomainKind) -> None:
                 watch.end(since, "user")
                 since = watch.begin()
             watch.end(since, "kernel")
+
+
+@pytest.mark.parametrize(("platform", "kind", "ats"), SHAPES[1:4])
+async def test_to_iommufd_and_from_table_to_table(platform: Any, kind: DomainKind, ats: bool) -> None:
+    """Between two address spaces there is no gap either: not one write is refused."""
+    async with running(platform, kind=kind, ats=ats) as rig:
+        watch, vfio = rig.watch, rig.machine.vfio
+        rig.bind("vfio-pci")
+        async with await vfio.open_iommufd() as iommufd:
+            one, two = iommufd.alloc_ioas(), iommufd.alloc_ioas()
+            one.map_dma_nowait(rig.iova, rig.user_memory)
+            two.map_dma_nowait(rig.iova, rig.other_memory)
+            for _ in range(MOVES):
+                since = watch.begin()
+                async with await vfio.bind_device(rig.device.name, iommufd) as device:
+                    watch.end(since, None)
+                    watch.step(partial(device.attach, one), "user")
+                    refused = watch.aborted
+                    for _ in range(5):
+                        watch.step(partial(device.attach, two), "other")
+                        watch.step(partial(device.attach, one), "user")
+                    assert watch.aborted == refused
+                    watch.step(device.detach, None)
+                    watch.step(partial(device.attach, two), "other")
+                    since = watch.begin()
+                watch.end(since, "kernel")
+        rig.bind("edu")
 
 
 async def test_cancelled_on_the_way() -> None:
