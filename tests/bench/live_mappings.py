@@ -3,7 +3,8 @@
 Every row is a container of its own, with a device in it, that maps one page again and again: at every other page of
 a window, in random order, so that the one more always goes between two others and finds nothing cached. Measured are
 whole operations, as a driver makes them: ``map_dma_nowait``, a device's read of 8 bytes there (an IOTLB miss with its
-whole walk), ``unmap_dma_nowait`` with its flush hypercall, and the batch forms. The rows take turns; figures are medians.
+whole walk), ``unmap_dma_nowait`` with its flush hypercall, and the batch forms. The rows take turns; figures are
+medians.
 
 Run as a program; ``--live`` gives the largest row (default 1,000,000), ``--plot FILE`` draws cost against number (needs
 matplotlib). It states figures and judges nothing.
