@@ -41,7 +41,7 @@ async def _a_million() -> None:
         pages = rng.permutation(LIVE).astype(np.uint64)
         iovas = BASE + 2 * PAGE * pages
         container.map_dma_batch_nowait(iovas, buffer.vaddr + PAGE * (pages % 4), PAGE)
-        type1: Type1 = container._batch_file.iommu  # type: ignore[attr-defined, union-attr]
+        type1: Type1 = container._batch_file.iommu  # type: ignore[union-attr]
         assert (len(type1), container.info().dma_avail) == (LIVE, 1)
         assert type1.index_bytes / LIVE <= BYTES_EACH
         type1._index.check()
