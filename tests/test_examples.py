@@ -28,6 +28,11 @@ WORDS = {
         "3 mistakes: sync in another direction, unmapped with another direction, left mapped",
         "in mistakes; mapped at",
     ],
+    "dirty_log.py": [
+        "round 0: 16384 pages, all there are",
+        "pages written by DMA meanwhile",
+        "the device's buffer arrived whole: True",
+    ],
     "dualcast.py": ["64 entries of 768 bytes in both mirrors", "64 bytes out of step: DSA_COMP_DCAST_ERR"],
     "hello_dsa.py": ["moved 1048576 bytes", "CRC 0x"],
     "lazy_window.py": [

@@ -343,7 +343,12 @@ def test_a_device_that_scribbles_over_the_tables_breaks_nothing(fmt: Format) -> 
         for _ in range(40):
             iova = rng.choice((0, M2, G1)) + rng.randrange(600) * K4
             size = rng.choice((K4, 3 * K4, M2, 3 * M2))
-            calls = [table.read_clear_dirty, table.unmap_range_dirty, table.merge_range, table.unmap_range]
+            calls: list[Callable[[int, int], object]] = [
+                table.read_clear_dirty,
+                table.unmap_range_dirty,
+                table.merge_range,
+                table.unmap_range,
+            ]
             action = rng.randrange(7)
             if action < len(calls):
                 calls[action](iova, size)

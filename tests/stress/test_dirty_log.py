@@ -197,7 +197,7 @@ async def test_a_log_that_is_read_while_engines_write_loses_nothing(platform: st
             machine.open("dsa1", container=one.container) as two,
             machine.open("dsa2") as three,
         ):
-            buffers = []
+            buffers: list[tuple[DmaBuffer, DmaBuffer]] = []
             for device in (one, two, three):
                 src = await device.container.alloc(AREA)
                 src[:] = np.random.default_rng(len(buffers)).integers(0, 256, AREA, np.uint8)
