@@ -40,6 +40,7 @@ WORDS = {
         "lazy  : after the unmap the device still writes; kept=False",
         "lazy  : after the flush the device is kept out",
     ],
+    "iommufd.py": ["first space: 1, second space: 2", "through a table of our own: 3"],
     "page_fault.py": [
         "DSA_COMP_BATCH_FAIL",
         "member 2: DSA_COMP_PAGE_FAULT_NOBOF",

@@ -32,7 +32,8 @@ _PAGE = 4096
 class Ioas(Container):
     """An address space, made by ``Iommufd.alloc_ioas``; ``users`` counts the devices attached through this library.
 
-    Without a page table it is only a book: nothing is pinned, any IOVA is allowed.
+    Without a page table it is only a book: nothing is pinned, any IOVA is allowed. So a buffer that is mapped here
+    is kept alive by this object too.
     """
 
     def __init__(self, iommufd: Iommufd, number: int) -> None:
@@ -43,6 +44,8 @@ class Ioas(Container):
         self._map = command_of("iommu_ioas_map", ioas_id=number)
         self._unmap = command_of("iommu_ioas_unmap", ioas_id=number)
         self._closed = False
+        # IOVA to what is mapped there: (bytes, memory).
+        self._kept: dict[int, tuple[int, Any]] = {}
 
     def map(self, buffer: Any, iova: int | None = None, *, read: bool = True, write: bool = True) -> int:
         """Maps the whole of ``buffer`` at ``iova``, or where the kernel finds room; returns the IOVA.
@@ -53,6 +56,7 @@ class Ioas(Container):
         """
         vaddr, length, plain = _extent(buffer)
         placed = self._map_address(vaddr, length, iova, _flags(read, write))
+        self._kept[placed] = length, buffer
         if not plain:
             buffer.iova = placed
         return placed
@@ -70,6 +74,7 @@ class Ioas(Container):
         except OverflowError:
             raise VfioError(errno.EOVERFLOW, "ioas_unmap", "not 64 bits", iova=iova, length=length) from None
         self._ioctl(lib.IOMMU_IOAS_UNMAP, command)
+        self._let_go(iova, length)
         return int(command.length)
 
     def copy(
@@ -97,7 +102,9 @@ class Ioas(Container):
             src_iova=source_iova,
         )
         self._ioctl(lib.IOMMU_IOAS_COPY, command)
-        return int(command.dst_iova)
+        placed = int(command.dst_iova)
+        self._kept[placed] = length, source._memory_of(source_iova, length)
+        return placed
 
     def iova_ranges(self) -> tuple[tuple[int, int], ...]:
         """(first, last) IOVA of what may be mapped; narrower after an attach, wider after a detach."""
@@ -123,6 +130,7 @@ class Ioas(Container):
         """Destroys the address space with everything mapped in it. Raises EBUSY while a page table uses it."""
         self.iommufd.destroy(self.id)
         self._closed = True
+        self._kept.clear()
         self._forget_iovas()
 
     # The container's side.
@@ -217,6 +225,25 @@ class Ioas(Container):
             raise VfioError(errno.EOVERFLOW, "ioas_map", "not 64 bits", iova=iova, length=length) from None
         self._ioctl(lib.IOMMU_IOAS_MAP, command)
         return int(command.iova)
+
+    def _memory_of(self, iova: int, length: int) -> Any:
+        """What keeps the memory of a mapped range alive."""
+        found = self._kept.get(iova)
+        if found is not None and found[0] >= length:
+            return found[1]
+        return [
+            memory for at, (size, memory) in self._kept.items() if at < iova + length and iova < at + size
+        ]
+
+    def _let_go(self, iova: int, length: int) -> None:
+        """Forgets the memory of mappings inside a range, which was unmapped."""
+        found = self._kept.get(iova)
+        if found is not None and found[0] >= length:
+            if found[0] == length:
+                del self._kept[iova]
+            return
+        for at in [at for at, (size, _) in self._kept.items() if iova <= at and at + size <= iova + length]:
+            del self._kept[at]
 
     def _ranges(self) -> tuple[tuple[tuple[int, int], ...], int]:
         room = 16
