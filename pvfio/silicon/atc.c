@@ -23,8 +23,9 @@ int pv_atc_translate(struct requester *r, uint64_t iova, uint32_t perm, struct p
 {
     struct atc *atc = &r->atc;
     struct translation t;
-    /* Interrupt requests are never translated. */
-    if (pv_is_interrupt(iova) || iova >> IOVA_BITS)
+    /* Interrupt requests are never translated (10.1). */
+    if (pv_is_interrupt(iova) || iova >> IOVA_BITS ||
+        atomic_load_explicit(&r->bus.untranslated, memory_order_relaxed))
         return pv_translate_untranslated(r, iova, perm, span);
     if (tlb_find(&atc->tlb, ATC_TAG, iova, &t.data, &t.lg2) && !(perm & ~t.data)) {
         tlb_bump(&atc->tlb.hits);
