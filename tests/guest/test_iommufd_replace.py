@@ -45,18 +45,19 @@ class NestedTable:
     """A user's page table for the window, in memory mapped at ``TABLES``; it leads to what is mapped at ``DATA``."""
 
     def __init__(self, ioas: Ioas, memory: DmaBuffer, tables: DmaBuffer) -> None:
+        self._half = memory.nbytes // 2
         ioas.map(memory, DATA)
         ioas.map(tables, TABLES)
         entries = np.asarray(tables).view(np.uint64).reshape(4, 512)
         for row, level in enumerate((4, 3, 2)):
             entries[row, WINDOW >> (12 + 9 * (level - 1)) & 511] = TABLES + (row + 1) * PAGE | ALL
-        self._leaves = entries[3, : SIZE // PAGE]
+        self._leaves = entries[3, : self._half // PAGE]
         self.turn(0)
 
     def turn(self, half: int) -> None:
         """Leads the window to one half of the memory; seen when it is invalidated."""
-        pages = np.arange(SIZE // PAGE, dtype=np.uint64)
-        self._leaves[:] = np.uint64(DATA + half * SIZE | ALL) + pages * np.uint64(PAGE)
+        pages = np.arange(self._half // PAGE, dtype=np.uint64)
+        self._leaves[:] = np.uint64(DATA + half * self._half | ALL) + pages * np.uint64(PAGE)
 
 
 @dataclass
@@ -81,7 +82,8 @@ def words(buffer: Any) -> Any:
 
 
 @asynccontextmanager
-async def running(platform: Any = "intel", ats: bool = False) -> AsyncIterator[Rig]:
+async def running(platform: Any = "intel", ats: bool = False, size: int = SIZE) -> AsyncIterator[Rig]:
+    """``size``: bytes of the window. What changes it in place changes it page by page: one page is watched there."""
     config = MachineConfig(
         iommu=IommuConfig(platform=platform),
         ram=64 << 20,
@@ -94,14 +96,14 @@ async def running(platform: Any = "intel", ats: bool = False) -> AsyncIterator[R
             assert isinstance(rogue, RogueDevice)
             async with await machine.vfio.bind_device(known.pci_name, iommufd) as device:
                 memories = {
-                    "one": machine.memory.alloc(SIZE),
-                    "two": machine.memory.alloc(SIZE, scattered=True),
-                    "by hand": machine.memory.alloc(SIZE),
+                    "one": machine.memory.alloc(size),
+                    "two": machine.memory.alloc(size, scattered=True),
+                    "by hand": machine.memory.alloc(size),
                 }
                 spaces = [iommufd.alloc_ioas() for _ in range(4)]
                 for ioas, memory in zip(spaces, memories.values(), strict=False):
                     ioas.map(memory, WINDOW)
-                halves = machine.memory.alloc(2 * SIZE, scattered=True)
+                halves = machine.memory.alloc(2 * size, scattered=True)
                 table = NestedTable(spaces[3], halves, machine.memory.alloc(4 * PAGE))
                 parent = iommufd.alloc_hwpt(device, spaces[3], flags=lib.IOMMU_HWPT_ALLOC_NEST_PARENT)
                 nested = iommufd.alloc_nested(device, parent, TABLES)
@@ -112,8 +114,8 @@ async def running(platform: Any = "intel", ats: bool = False) -> AsyncIterator[R
                     "half 0": nested,
                 }
                 seen = {name: words(memory) for name, memory in memories.items()}
-                seen |= {"half 0": words(halves[:SIZE]), "half 1": words(halves[SIZE:])}
-                rogue.aim(WINDOW, SIZE)
+                seen |= {"half 0": words(halves[:size]), "half 1": words(halves[size:])}
+                rogue.aim(WINDOW, size)
                 watch = Watch(rogue, seen, None)
                 try:
                     yield Rig(machine, iommufd, device, places, table, nested, watch)
@@ -152,12 +154,12 @@ async def test_inside_a_nested_table(platform: Any, ats: bool) -> None:
 
 async def test_the_parent_takes_its_memory_back() -> None:
     """No write lands in memory that was unmapped from under a nested table."""
-    async with running() as rig:
+    async with running(size=PAGE) as rig:
         rig.attach("half 0")
         space = rig.nested.ioas
         halves = space._kept[DATA][1]
         for _ in range(MOVES):
-            rig.watch.step(lambda: space.unmap(DATA, 2 * SIZE), None)
+            rig.watch.step(lambda: space.unmap(DATA, 2 * PAGE), None)
             rig.watch.step(lambda: space.map(halves, DATA), "half 0")
 
 
@@ -181,7 +183,7 @@ async def test_a_replacement_that_is_refused() -> None:
 
 async def test_a_nested_table_that_cannot_be_renewed() -> None:
     """The invalidation fails, and what it was to replace is out of reach: nothing stale is used."""
-    async with running() as rig:
+    async with running(size=PAGE) as rig:
         rig.attach("half 0")
         rig.table.turn(1)
         rig.machine.hypervisor.inject(lib.HVCALL_ATTACH_DEVICE_DOMAIN, lib.HV_STATUS_OPERATION_DENIED)
