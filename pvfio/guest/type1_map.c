@@ -13,6 +13,7 @@
 #define CHUNK 64u
 #define FIRST_ROOM 64u
 #define MANY 8192u /* mappings; where there are fewer, caches hold what a call touches */
+#define VERY_MANY 131072u /* ... beyond a core's own caches */
 #define AHEAD 4u /* elements of a batch between two steps of asking for memory, and the work */
 
 _Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "permissions need no translation");
@@ -46,10 +47,20 @@ static bool runs_reserve(struct pv_type1 *t, uint64_t count)
 
 static inline void prefetch_tables(const struct pv_type1 *t, uint64_t iova, uint32_t step)
 {
-    if (pv_mappings_count(t->mappings) < MANY)
-        return;
     for (uint32_t i = 0; i < t->table_count; i++)
         pt_prefetch(t->tables[i], iova, step);
+}
+
+/* The same for one call: what index and page tables would wait for one after the other, they wait for together. */
+static inline void prefetch_all(const struct pv_type1 *t, uint64_t iova)
+{
+    if (pv_mappings_count(t->mappings) < VERY_MANY)
+        return;
+    pv_mappings_prefetch(t->mappings, iova, 0);
+    prefetch_tables(t, iova, 0);
+    pv_mappings_prefetch(t->mappings, iova, 1);
+    prefetch_tables(t, iova, 1);
+    prefetch_tables(t, iova, 2);
 }
 
 /* The elements of a batch may be anywhere: one after the other would wait for memory each time. */
@@ -145,23 +156,23 @@ static void forget(struct pv_type1 *t, const struct pv_mapping *mapping)
     t->dma_avail++;
 }
 
-/* Between its own steps it asks for what the page tables will touch. */
-int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown)
+/* alone: not of a batch, which asks for memory ahead. */
+static inline int map_one(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown,
+                          bool alone)
 {
     uint64_t count;
     *shown = 0;
     pv_laps_begin(t->laps);
-    prefetch_tables(t, iova, 0);
+    if (alone)
+        prefetch_all(t, iova);
     int error = check_map(t, iova, vaddr, size, flags);
     if (error)
         return error;
     pv_lap(t->laps, PV_LAP_CHECK);
-    prefetch_tables(t, iova, 1);
     int64_t extent = pin(t, iova, vaddr, size, &count);
     if (extent < 0)
         return (int)extent;
     pv_lap(t->laps, PV_LAP_PIN);
-    prefetch_tables(t, iova, 2);
     if (pv_mappings_insert(t->mappings, iova, size, vaddr, flags, (uint64_t)extent)) {
         pv_memory_unpin(t->memory, extent);
         return refuse(t, ENOMEM, PV_TYPE1_NO_MEMORY, iova);
@@ -177,6 +188,11 @@ int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t siz
     if (!*shown)
         forget(t, &(struct pv_mapping){.iova = iova, .size = size, .cookie = (uint64_t)extent});
     return refuse(t, -error, PV_TYPE1_PAGE_TABLE, iova);
+}
+
+int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown)
+{
+    return map_one(t, iova, vaddr, size, flags, shown, true);
 }
 
 int pv_type1_map_request(struct pv_type1 *t, const struct vfio_iommu_type1_dma_map *request, int *shown)
@@ -196,7 +212,7 @@ int pv_type1_map_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, con
     uint64_t i = 0;
     for (; i < n && !error; i++) {
         prefetch_ahead(t, i, n, iova);
-        error = pv_type1_map(t, iova[i], vaddr[i], size[i], flags, &shown);
+        error = map_one(t, iova[i], vaddr[i], size[i], flags, &shown, false);
     }
     *index = error ? i - 1 : n;
     *done = *index + (uint64_t)(error && shown);
@@ -267,7 +283,6 @@ static int64_t unmap_one(struct pv_type1 *t, uint64_t iova, uint64_t size)
 {
     struct pv_mapping found;
     uint64_t last = iova + (size - 1);
-    prefetch_tables(t, iova, 0);
     if (iova & t->page_mask)
         return refuse(t, EINVAL, PV_TYPE1_UNALIGNED, iova);
     if (!size || size & t->page_mask)
@@ -278,7 +293,6 @@ static int64_t unmap_one(struct pv_type1 *t, uint64_t iova, uint64_t size)
         if (found.iova == iova && found.size == size) { /* the usual case: one mapping exactly */
             struct clearing c = {1, 0, 0};
             pv_lap(t->laps, PV_LAP_CHECK);
-            prefetch_tables(t, iova, 1);
             clear_mapping(t, &c, &found);
             clear_tables(t, &c);
             return (int64_t)size;
@@ -302,6 +316,7 @@ static void begin(struct pv_type1 *t)
 int64_t pv_type1_unmap(struct pv_type1 *t, uint64_t iova, uint64_t size)
 {
     begin(t);
+    prefetch_all(t, iova);
     return unmap_one(t, iova, size);
 }
 
