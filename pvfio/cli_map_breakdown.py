@@ -1,20 +1,19 @@
 """``pvfio dma-map-benchmark --breakdown``: which step of a map and of an unmap takes how long.
 
-Timers stand around the functions that are really called, in Python and in the C paths of the guest kernel
-(``workloads/stages.py``, ``guest/laps.h``); nothing is computed from parts measured elsewhere. Timers cost time
-themselves, so this is a run of its own beside the one without them, and what they take is taken off.
+Timers stand around the functions that are really called, one at a time, in Python and in the C paths of the guest
+kernel (``workloads/stages.py``, ``guest/laps.h``); nothing is computed from parts measured elsewhere. ``call`` is what
+is left of the time without timers.
 
-The steps: ``call``, the way in and out in Python, whatever is in no other step; ``validation``, checks and the look-ups
-they need; ``iova``, the allocator's; ``pin``; ``index`` of mappings; ``page table``; ``hypercall``, filling the VP's
-page and the host's dispatch; ``flush handshake``, dropping IOTLB entries and waiting for the open sections of engines;
-``flush queue`` of a lazy domain, its part of one flush in many.
+The steps: ``call``, the way in and out in Python and whatever is in no other step; ``validation``, checks and the
+look-ups they need; ``iova``, the allocator's; ``pin``; ``index`` of mappings; ``page table``; ``hypercall``, filling
+the VP's page and the host's dispatch; ``flush handshake``, dropping IOTLB entries and waiting for the open sections
+of engines; ``flush queue`` of a lazy domain, its part of one flush in many.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from pvfio.machine import Machine
     from pvfio.vfio import Container
     from pvfio.workloads.dma_map_benchmark import Mapper
+    from pvfio.workloads.stages import Probe, Stages
 
 __all__ = ["STEPS", "Breakdown", "break_down"]
 
@@ -49,17 +49,13 @@ _LAP_STEPS = {
     lib.PV_LAP_INDEX: "index",
     lib.PV_LAP_TABLE: "page table",
 }
-_BLOCK_SECONDS = 0.02
-_BLOCK = (
-    300  # operations at least between two checkpoints: more than a flush queue holds, so that some are full
-)
-
-Probes = list[tuple[str, Any, str]]
+_BLOCK_SECONDS = 0.01
+_BLOCK = 300  # operations at least between two checkpoints, more than a flush queue holds: some are full
 
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Nanoseconds of each step of a map and of an unmap, without what the timers took; of how many of each."""
+    """Nanoseconds of each step of a map and of an unmap; ``count``: of how many of each."""
 
     map: dict[str, float]
     unmap: dict[str, float]
@@ -81,24 +77,32 @@ async def break_down(
     stages = Stages(
         _probes(owner, domains, machine, name),
         rest="call",
+        carry=owner.set_laps,
         laps=laps,
         lap_stages=[_LAP_STEPS[number] for number in range(lib.PV_LAPS)],
         lap_clock=loop_clock_cost(),
     )
     end = time.perf_counter() + seconds
     at = 0
-    with _lapped(owner, laps), stages.installed():
-        while not at or time.perf_counter() < end:
-            until, fewest = time.perf_counter() + _BLOCK_SECONDS, at + _BLOCK
-            while at < fewest or time.perf_counter() < until:
-                place = mapper.places[at % len(mapper.places)]
-                at += 1
-                if mapper.fill is not None:
-                    mapper.fill(0x66)
-                handle = stages.run("map", mapper.map, place)
-                stages.run("unmap", mapper.unmap, place, handle)
-            await trio.lowlevel.checkpoint()
+    while not at or time.perf_counter() < end:
+        with closing(stages.turns()) as turns:
+            for _ in turns:
+                at = _block(stages, mapper, at)
+                await trio.lowlevel.checkpoint()
     return Breakdown(_ordered(stages.typical("map")), _ordered(stages.typical("unmap")), at)
+
+
+def _block(stages: Stages, mapper: Mapper, at: int) -> int:
+    """Some hundred operations from number ``at`` on; the number after them."""
+    until, fewest = time.perf_counter() + _BLOCK_SECONDS, at + _BLOCK
+    while at < fewest or time.perf_counter() < until:
+        place = mapper.places[at % len(mapper.places)]
+        at += 1
+        if mapper.fill is not None:
+            mapper.fill(0x66)
+        handle = stages.run("map", mapper.map, place)
+        stages.run("unmap", mapper.unmap, place, handle)
+    return at
 
 
 def _ordered(found: dict[str, float]) -> dict[str, float]:
@@ -115,31 +119,23 @@ def _owner(source: Any, machine: Machine) -> tuple[Any, list[PagingDomain]]:
     return type1, list(type1.domains)
 
 
-@contextmanager
-def _lapped(owner: Any, laps: Any) -> Iterator[None]:
-    owner.set_laps(laps)
-    try:
-        yield
-    finally:
-        owner.set_laps(None)
-
-
-def _probes(owner: Any, domains: list[PagingDomain], machine: Machine, name: str) -> Probes:
+def _probes(owner: Any, domains: list[PagingDomain], machine: Machine, name: str) -> list[Probe]:
     """The functions of Python that are steps, in the guest and in the host."""
-    probes: Probes = []
-    for domain in domains:
-        probes += [
-            ("hypercall", domain, "_flush_pages"),
-            ("page table", domain.table, "release_detached"),
-        ]
-    if getattr(owner, "queue", None) is not None:
+    from pvfio.workloads.stages import Probe
+
+    lazy = getattr(owner, "queue", None) is not None
+    within = "flush queue" if lazy else None
+    probes = [Probe("page table", domain.table, "release_detached", within) for domain in domains]
+    if lazy:
         transport = domains[0].iommu.transport
-        probes += [("flush queue", owner.queue, "flush"), ("hypercall", transport, "flush_device_domain")]
+        probes.append(Probe("flush queue", owner.queue, "flush"))
+        probes.append(Probe("hypercall", transport, "flush_device_domain", within))
+    else:
+        probes += [Probe("hypercall", domain, "_flush_pages") for domain in domains]
     device = machine.hypervisor.domains.device(machine.devices[name].requester.device_id)
-    if device is not None and device.domain is not None:
+    if device is not None and device.domain is not None and domains:
         silicon = device.domain.silicon
-        probes += [
-            ("flush handshake", silicon, "invalidate_pages"),
-            ("flush handshake", silicon, "invalidate"),
-        ]
+        probes.append(
+            Probe("flush handshake", silicon, "invalidate" if lazy else "invalidate_pages", "hypercall")
+        )
     return probes
