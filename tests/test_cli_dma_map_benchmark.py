@@ -186,22 +186,20 @@ def test_the_mask_is_as_wide_as_live_mappings_need(mappings: int, bits: int) -> 
 
 def test_it_takes_the_seconds_it_was_given(capfd: Any) -> None:
     began = time.perf_counter()
-    status, _, _ = run(capfd, "-s", "2", "--api", "pagetable")
+    status, _, _ = run(capfd, "-s", "1", "--api", "pagetable")
     assert status == 0
-    assert time.perf_counter() - began > 1.9
+    assert time.perf_counter() - began > 0.95
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.svg"])
-def test_the_picture(capfd: Any, tmp_path: Path, name: str) -> None:
+def test_the_picture(capfd: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = tmp_path / name
+    path = tmp_path / "picture.png"
     status, out, err = run(capfd, *SHORT, "--api", "pagetable", "--mappings", "500", "--plot", str(path))
     assert (status, err) == (0, "")
     rows = re.findall(r"^([\d,]+) +\d+\.\d+ +x\d+\.\d\d +\d+\.\d+ +x\d+\.\d\d$", out, re.MULTILINE)
     assert rows == ["1", "10", "100", "500", "1,000", "10,000", "100,000"]
     assert f"plot        {path}" in out
-    start = path.read_bytes()[:300]
-    assert start.startswith(b"\x89PNG") if name.endswith("png") else b"<svg" in start or b"<?xml" in start
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib(capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
