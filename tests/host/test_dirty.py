@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pvfio.abi import lib
@@ -20,7 +20,7 @@ from pvfio.silicon import IDENTITY, PAGING, Requester
 pytestmark = pytest.mark.touches_c
 
 PAGE, M2, MIB = 4096, 2 << 20, 1 << 20
-DEPTHS = [("intel", 3), ("intel", 5), ("amd", 1), ("amd", 4), ("amd", 6)]
+DEPTHS: list[tuple[Platform, int]] = [("intel", 3), ("intel", 5), ("amd", 1), ("amd", 4), ("amd", 6)]
 
 
 def requester_of(host: Hypervisor) -> Requester:
@@ -80,19 +80,23 @@ def test_what_was_written_before_the_start_is_clean(platform: Platform) -> None:
     host.close()
 
 
-@settings(max_examples=40, deadline=None)
-@given(platform=st.sampled_from(["intel", "amd"]), seed=st.integers(0, 1 << 32))
-def test_random_dma_of_several_domains_is_the_record(platform: Platform, seed: int) -> None:
+@given(depth=st.sampled_from(DEPTHS), ats=st.booleans(), seed=st.integers(0, 1 << 32))
+def test_random_dma_of_several_domains_is_the_record(
+    depth: tuple[Platform, int], ats: bool, seed: int
+) -> None:
     """Reads, writes, moves and fills by GPA and by IOVA, against the pages the arithmetic says; in any portions."""
     rng = random.Random(seed)
     memory = GuestMemory(8 * MIB, seed=seed)
-    host = Hypervisor(memory, IommuConfig(platform=platform))
+    host = Hypervisor(memory, IommuConfig(platform=depth[0], stage2_levels=depth[1]))
     bare, mapped = requester_of(host), host.iommu.requester(8)
     iova, base = 0x4000_0000, M2  # the second one sees [M2, 2 * M2) elsewhere
     table = _stage1(memory, iova, base)
     domain = host.iommu.domain(2)
     domain.configure(PAGING, table.root, 4)
     mapped.attach(domain)
+    for requester in (bare, mapped):
+        requester.allow_ats(ats)
+        requester.set_ats(ats)
     host.dirty.start()
     expected: set[int] = set()
     for _ in range(60):

@@ -216,7 +216,7 @@ class DirtyMachine(RuleBasedStateMachine):
 
 
 TestDirtyMachine = DirtyMachine.TestCase
-TestDirtyMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestDirtyMachine.settings = settings(stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.parametrize("levels", [4, 5])
