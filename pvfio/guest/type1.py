@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from pvfio.guest.type1_domains import Type1Domains
 from pvfio.guest.type1_errors import map_refusal, no_64_bits, unmap_refusal
 from pvfio.guest.type1_ioctl import type1_ioctl
 from pvfio.guest.type1_iova import IovaRange
+from pvfio.guest.type1_limits import LockedMemory, Type1Limits
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
@@ -43,7 +43,6 @@ _MAP_DMA: int = lib.VFIO_IOMMU_MAP_DMA
 _UNMAP_DMA: int = lib.VFIO_IOMMU_UNMAP_DMA
 _UNMAP_ALL: int = lib.VFIO_DMA_UNMAP_FLAG_ALL
 _UNMAP_DIRTY: int = lib.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
-_NO_LIMIT: int = lib.PV_TYPE1_NO_LIMIT
 _BAD_REQUEST: int = lib.PV_TYPE1_BAD_REQUEST
 _TOP = (1 << 64) - 1
 _SPACE = 1 << 64
@@ -58,45 +57,6 @@ _finish = lib.pv_type1_unmap_finish
 
 Words = npt.NDArray[np.uint64]
 """Shape (n,), contiguous: addresses or bytes."""
-
-
-@dataclass(frozen=True)
-class Type1Limits:
-    """``dma_entry_limit``: mappings per container. ``memlock``: RLIMIT_MEMLOCK in bytes, None for no limit."""
-
-    dma_entry_limit: int = 65535
-    memlock: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.dma_entry_limit < 0 or (self.memlock is not None and self.memlock < 0):
-            raise ValueError("limits are not negative")
-
-
-class LockedMemory:
-    """A process's account of pinned memory, in bytes; its containers may share one. ``limit``: None for no limit."""
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.ptr: Any = ffi.new("struct pv_locked *", {"limit": _NO_LIMIT if limit is None else limit})
-
-    @property
-    def limit(self) -> int | None:
-        """The most that may be locked."""
-        limit: int = self.ptr.limit
-        return None if limit == _NO_LIMIT else limit
-
-    @property
-    def locked(self) -> int:
-        """What is locked now."""
-        return int(self.ptr.locked)
-
-    def charge(self, size: int) -> bool:
-        """Counts ``size`` bytes more, or (negative) fewer; false, and nothing counted, where that is beyond the
-        limit.
-        """
-        if size > 0 and self.ptr.locked + size > self.ptr.limit:
-            return False
-        self.ptr.locked += size
-        return True
 
 
 class Type1:
@@ -156,7 +116,7 @@ class Type1:
             if not error:
                 return 0
             if self._state.reason != _BAD_REQUEST:
-                raise self._map_failed(error, arg.iova, arg.size)
+                raise self._map_failed(error, arg[0].iova, arg[0].size)
             return type1_ioctl(self, request, arg)
         if request == _UNMAP_DMA and not self._unflushed:
             try:

@@ -16,7 +16,7 @@
 #define VERY_MANY 131072u /* ... beyond a core's own caches */
 #define AHEAD 4u /* elements of a batch between two steps of asking for memory, and the work */
 
-_Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "permissions need no translation");
+_Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "one set of permissions");
 
 static int refuse(struct pv_type1 *t, int error, uint32_t reason, uint64_t where)
 {
@@ -420,7 +420,9 @@ int pv_type1_replay(struct pv_type1 *t, struct pt_table *table)
                     return -ENOMEM;
                 pv_memory_runs(t->memory, found[i].vaddr, found[i].size, t->runs, t->run_room);
             }
-            int error = count < 0 ? (int)count : map_runs(table, found[i].iova, t->runs, (uint64_t)count, found[i].flags, &shown);
+            if (count < 0)
+                return (int)count;
+            int error = map_runs(table, found[i].iova, t->runs, (uint64_t)count, found[i].flags, &shown);
             if (error)
                 return error;
         }
