@@ -49,7 +49,8 @@ class RogueDevice(PciFunction):
     """PCI 1234:11e9, class 0x00ff00.
 
     Its engine is always a thread. ``engine`` is the handle: ``pause`` it to look at ``log`` and the memory.
-    ``log_shift``: the log holds the last 2**log_shift writes. ``ats``: it may have a device TLB. Raises ``MemoryError``.
+    ``log_shift``: the log holds the last 2**log_shift writes. ``ats``: it can have a device TLB. Raises
+    ``MemoryError``.
     """
 
     LANDED: Final = lib.PV_ROGUE_LANDED

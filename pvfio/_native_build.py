@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # Where C lives.
 ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices", "workloads")
 # In the order in which the structures depend on each other.
-ABI_HEADERS = ("hyperv", "vfio", "pci", "dsa", "nvme")
+ABI_HEADERS = ("hyperv", "vfio", "iommufd", "pci", "dsa", "nvme")
 ROOM_HEADERS = (
     "memory/memory.h",
     "pagetable/pagetable.h",
@@ -35,6 +35,7 @@ ROOM_HEADERS = (
     "guest/type1_map.h",
     "guest/iova.h",
     "guest/dma_map.h",
+    "guest/shadow.h",
     "vfio/wait.h",
     "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",

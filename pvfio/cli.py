@@ -38,8 +38,17 @@ class Platform(StrEnum):
 class MapApi(StrEnum):
     """What dma-map-benchmark maps with."""
 
+    dma = "dma"
     vfio = "vfio"
     pagetable = "pagetable"
+
+
+class DmaDomain(StrEnum):
+    """The kind of domain a device of the kernel is in."""
+
+    strict = "strict"
+    lazy = "lazy"
+    identity = "identity"
 
 
 class EngineChoice(StrEnum):
@@ -244,8 +253,16 @@ def dma_map_benchmark(
     mode: Annotated[
         str, typer.Option("--mode", "-m", metavar="MODE", help="single (0) or sg (1).")
     ] = "single",
-    api: Annotated[MapApi, typer.Option(help="Map with VFIO, or in the page table alone.")] = MapApi.vfio,
+    api: Annotated[
+        MapApi, typer.Option(help="Map with the DMA API, with VFIO, or in a page table alone.")
+    ] = MapApi.dma,
+    domain: Annotated[
+        DmaDomain | None, typer.Option(help="Of the device, with --api dma.", show_default="strict")
+    ] = None,
     mappings: Annotated[int, typer.Option(metavar="N", help="Mappings that stay meanwhile.")] = 0,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Where the time goes, step by step.")
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the latencies, and their cost beside 1 to N live mappings."),
@@ -279,9 +296,9 @@ def dma_map_benchmark(
             given,
             parameters or [],
             api=api.value,
-            domain=None,
+            domain=domain and domain.value,
             mappings=mappings,
-            breakdown=False,
+            breakdown=breakdown,
             plot=plot,
             platform=platform.value,
             ram=_size(ram, "--ram"),

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvfio.cli_run import DEVICE, Platform, UsageError, machine_config, run_program, terminal_progress
+from pvfio.errors import DmaMappingError
 from pvfio.workloads.dma_map_benchmark import DIRECTIONS, MODES, MapParams, MapResult, linux_lines
 
 if TYPE_CHECKING:
-    from pvfio.machine import Machine
+    from pvfio.cli_map_breakdown import Breakdown
+    from pvfio.guest.dma_api import DmaDevice
+    from pvfio.guest.dma_domain import DomainKind
+    from pvfio.machine import Machine, MachineConfig
+    from pvfio.vfio import Container
     from pvfio.workloads.map_targets import Target
 
-__all__ = ["APIS", "DOMAINS", "MapOptions", "Measured", "make_options", "run"]
-
-APIS = ("vfio", "pagetable")
-DOMAINS = ("strict", "lazy", "identity")
+__all__ = ["MapOptions", "Measured", "make_options", "run"]
 
 _BITS = 32  # of Linux's tool
 _MOST_MAPPINGS = 100_000_000
 _MOST_VPS = 16
 _CLOSING = 0.025  # share of the seconds that is left for ending
-_SWEEP_SHARE = 0.4
+_SWEEP_SHARE = 0.4  # ... for the sweep of a plot
+_BREAKDOWN_SHARE = 0.2
 _LEAST_SWEEP = 100_000
 _PARAMETERS = ("threads", "seconds", "node", "bits", "dir", "xdelay", "granule", "mode")
 
@@ -37,7 +41,7 @@ class MapOptions:
 
     params: MapParams
     api: str
-    domain: str
+    domain: DomainKind
     mappings: int
     breakdown: bool
     plot: Path | None
@@ -48,11 +52,14 @@ class MapOptions:
 
 @dataclass(slots=True)
 class Measured:
-    """A run: its result, hypercalls made meanwhile, the clock's cost in ns, and (live mappings, result) of a sweep."""
+    """A run: its result, hypercalls made meanwhile, the clock's cost in ns, what it divides into, and (live mappings,
+    result) of a sweep.
+    """
 
     result: MapResult
     hypercalls: int = 0
     clock: float = 0.0
+    breakdown: Breakdown | None = None
     sweep: list[tuple[int, MapResult]] = field(default_factory=list)
 
 
@@ -131,8 +138,8 @@ def run(options: MapOptions, began: float) -> int:
 
     async def main() -> int:
         _check(options)
-        async with _open(options) as (target, machine):
-            measured = await _measure(options, target, machine, began)
+        async with _open(options) as bench:
+            measured = await _measure(options, bench, began)
         _report(options, measured)
         return 0
 
@@ -147,35 +154,64 @@ def _check(options: MapOptions) -> None:
         check(options.plot)
 
 
-@asynccontextmanager
-async def _open(options: MapOptions) -> AsyncIterator[tuple[Target, Machine | None]]:
-    """What is measured, and the machine it is on, if it takes one."""
-    from pvfio.workloads.map_targets import VfioTarget
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What is measured; its machine, and its container or device there, if it takes one."""
 
+    target: Target
+    machine: Machine | None = None
+    source: Container | DmaDevice | None = None
+
+
+@asynccontextmanager
+async def _open(options: MapOptions) -> AsyncIterator[_Bench]:
     if options.api == "pagetable":
-        yield _page_tables(options), None
+        yield _Bench(_page_tables(options))
         return
+    from pvfio.guest.dma_api import DmaDevice
     from pvfio.guest.transport import on_vp
     from pvfio.machine import Machine
+    from pvfio.workloads.map_targets import DmaTarget, VfioTarget
 
-    config = _machine_config(options)
-    async with Machine(config) as machine, machine.open(DEVICE) as device:
-        yield VfioTarget(device.container, options.params, lambda number: on_vp(number % config.vps)), machine
+    config, params = _machine_config(options), options.params
+
+    def vp_of(number: int) -> AbstractContextManager[None]:
+        return on_vp(number % config.vps)
+
+    async with Machine(config) as machine:
+        if options.api == "vfio":
+            async with machine.open(DEVICE) as device:
+                yield _Bench(VfioTarget(device.container, params, vp_of), machine, device.container)
+            return
+        pci_name = machine.devices[DEVICE].pci_name
+        pci_device = next(each for each in machine.kernel.devices if each.name == pci_name)
+        dma = DmaDevice(machine.kernel, pci_device)
+        try:
+            target = DmaTarget(
+                dma, params, lambda size, align: machine.memory.alloc(size, align=align), vp_of
+            )
+            yield _Bench(target, machine, dma)
+        except MemoryError as error:
+            raise UsageError(f"--ram {options.ram >> 20}M: {error}") from None
+        finally:
+            dma.close()
 
 
-def _machine_config(options: MapOptions) -> Any:
-    from dataclasses import replace
-
+def _machine_config(options: MapOptions) -> MachineConfig:
     from pvfio.guest.type1 import Type1Limits
+    from pvfio.machine import DeviceSpec
 
     params = options.params
     pages = params.granule if params.mode == "sg" else 1
     entries = max(options.mappings, _LEAST_SWEEP) + params.threads * pages
-    config = machine_config(options.platform, "inline", options.ram)
     return replace(
-        config,
+        machine_config(options.platform, "inline", options.ram),
         vps=max(2, min(params.threads, _MOST_VPS)),
         limits=Type1Limits(dma_entry_limit=max(65535, entries)),
+        devices=(
+            DeviceSpec(kind="dsa", driver="vfio-pci" if options.api == "vfio" else "dma_map_benchmark"),
+        ),
+        default_domain=options.domain if options.api == "dma" else "identity",
     )
 
 
@@ -192,29 +228,40 @@ def _page_tables(options: MapOptions) -> Target:
     return TableTarget(tables, 0, options.params)
 
 
-async def _measure(options: MapOptions, target: Target, machine: Machine | None, began: float) -> Measured:
-    """Prepares and measures: the run itself and, for a plot, the sweep before it."""
+async def _measure(options: MapOptions, bench: _Bench, began: float) -> Measured:
+    """Prepares and measures: the run itself, and what else was asked for, each with a share of the time."""
     from pvfio.workloads.dma_map_benchmark import clock_cost, loop_clock_cost
 
-    params = options.params
+    params, target, machine = options.params, bench.target, bench.machine
     clock = loop_clock_cost() if target.clock_in_c else clock_cost()
     await _prepare(options, target, options.mappings)
     # The time it took to get here counts, unless live mappings were set up: the command is to take what was asked.
     used = time.perf_counter() - began if not options.mappings else 0.0
     seconds = max(params.seconds * (1 - _CLOSING) - used, params.seconds / 2)
-    shares = _SWEEP_SHARE if options.plot is not None else 0.0
+    sweep = seconds * _SWEEP_SHARE if options.plot is not None else 0.0
+    steps = seconds * _BREAKDOWN_SHARE if options.breakdown else 0.0
     calls = machine.kernel.transport.calls if machine is not None else 0
-    measured = Measured(await _timed(options, target, seconds * (1 - shares)), clock=clock)
+    measured = Measured(await _timed(options, target, seconds - sweep - steps), clock=clock)
     if machine is not None:
         measured.hypercalls = machine.kernel.transport.calls - calls
+    if options.breakdown:
+        measured.breakdown = await _steps(bench, steps)
     if options.plot is not None:
         counts = _sweep_counts(options.mappings)
         for count in counts:
-            await target.clear()
             await _prepare(options, target, count)
-            result = await _timed(options, target, seconds * shares / len(counts), f"{count:,} live")
+            result = await _timed(options, target, sweep / len(counts), f"{count:,} live")
             measured.sweep.append((count, result))
+    await target.clear()
     return measured
+
+
+async def _steps(bench: _Bench, seconds: float) -> Breakdown:
+    from pvfio.cli_map_breakdown import break_down
+
+    assert bench.machine is not None
+    assert bench.source is not None
+    return await break_down(bench.source, bench.target.mappers[0], bench.machine, DEVICE, seconds)
 
 
 def _sweep_counts(mappings: int) -> list[int]:
@@ -231,6 +278,10 @@ async def _prepare(options: MapOptions, target: Target, live: int) -> None:
             await target.prepare(live, advance)
         except ValueError as error:
             raise UsageError(f"--bits {options.params.bits}: {error}") from None
+        except DmaMappingError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise UsageError(f"--bits {options.params.bits}, --ram {options.ram >> 20}M: {error}") from None
         except MemoryError as error:
             raise UsageError(f"--ram {options.ram >> 20}M: {error}") from None
 
@@ -262,6 +313,32 @@ def _table(result: MapResult) -> list[str]:
         values = getattr(result, name).as_dict()
         lines.append(f"{name:<14}" + "".join(f"{_microseconds(values[key]):>11}" for key in names))
     return lines
+
+
+def _breakdown_table(measured: Measured) -> list[str]:
+    """Each step's nanoseconds and share; their sum, beside the median of the run without timers."""
+    from pvfio.cli_map_breakdown import STEPS
+
+    breakdown = measured.breakdown
+    assert breakdown is not None
+    parts = (breakdown.map, breakdown.unmap)
+    sums = [sum(part.values()) for part in parts]
+    lines = [
+        f"{'where it goes':<18}" + "".join(f"{title:>11}{'':>8}" for title in ("map (ns)", "unmap (ns)"))
+    ]
+    for step in STEPS:
+        if any(step in part for part in parts):
+            cells = [
+                f"{part[step]:>11,.0f}{part[step] / whole:>8.0%}" if step in part else f"{'-':>11}{'':>8}"
+                for part, whole in zip(parts, sums, strict=True)
+            ]
+            lines.append(f"{step:<18}" + "".join(cells))
+    lines.append(f"{'all of it':<18}" + "".join(f"{whole:>11,.0f}{1:>8.0%}" for whole in sums))
+    plain = [getattr(measured.result, name).quantile(0.5) for name in ("map", "unmap")]
+    return [
+        *lines,
+        f"{'without timers':<18}" + "".join(f"{median:>11,.0f}{'':>8}" for median in plain).rstrip(),
+    ]
 
 
 def _sweep_table(measured: Measured) -> list[str]:
@@ -307,6 +384,8 @@ def _report(options: MapOptions, measured: Measured) -> None:
         return
     lines = linux_lines(options.params, measured.result)
     lines += ["", *_table(measured.result), ""]
+    if measured.breakdown is not None:
+        lines += [*_breakdown_table(measured), ""]
     if measured.sweep:
         lines += [*_sweep_table(measured), ""]
     lines += [f"{name:<11} {value}" for name, value in _facts(options, measured)]
@@ -335,6 +414,7 @@ def _document(options: MapOptions, measured: Measured) -> dict[str, Any]:
         "clock": measured.clock,
         "map": _latencies(result, "map"),
         "unmap": _latencies(result, "unmap"),
+        "breakdown": None if measured.breakdown is None else asdict(measured.breakdown),
         "sweep": [
             {"mappings": count, "map": swept.map.as_dict(), "unmap": swept.unmap.as_dict()}
             for count, swept in measured.sweep

@@ -133,13 +133,15 @@ def terminal_progress(
         yield (lambda line: print(line, flush=True)), (lambda _: None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    # A number of seconds is no whole number.
+    digits, most = (".1f", "{task.total:.1f}") if isinstance(total, float) else (".0f", "{task.total}")
+    done = f"{{task.completed:{digits}}}/{most if total is not None else '?'}"
     columns: list[Any] = [
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(f"{done} {unit}"),
     ]
     console = Console(highlight=False)
     columns.append(TimeRemainingColumn())

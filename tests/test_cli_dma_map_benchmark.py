@@ -61,7 +61,12 @@ WRONG: list[tuple[str, str]] = [
     ("--ram 3M", "multiple of 2 MiB"),
     ("--ram 33M --api pagetable", "multiple of 2 MiB"),
     ("--ram 32M -t 64 -g 1024", "--ram 32M"),
-    ("-b 20 --mappings 256", "--bits 20: no range of IOVAs has room for 256 live mappings"),
+    ("-b 20 --mappings 256 --api vfio", "--bits 20: no range of IOVAs has room for 256 live mappings"),
+    ("-b 20 --mappings 256", "--bits 20, --ram 512M: .*no IOVAs"),
+    ("--api vfio --domain lazy", "--domain is about the DMA API: it does not go with --api vfio"),
+    ("--api pagetable --breakdown", "with --api pagetable it has one part only"),
+    ("--domain none", "none"),
+    ("--api vfio --ram 32M -t 64 -g 1024", "--ram 32M"),
     ("-b 20 --mappings 256 --api pagetable", "--bits 20: no range"),
     ("--ram 32M --mappings 10000000 --api pagetable", "--ram 32M: no memory for the tables"),
 ]
@@ -84,6 +89,9 @@ RIGHT: list[tuple[str, str]] = [
     ("-t 2 -n 0 -d 1 -g 4", ": threads:2 seconds:0.05 node:0 dir:TO_DEVICE granule: 4"),
     ("-d FROM_DEVICE -m sg -g 4", r"\(SG_MODE\): threads:1 seconds:0.05 node:-1 dir:FROM_DEVICE granule:4"),
     ("-t 2 threads=3 dir=to-device mode=1", r"\(SG_MODE\): threads:3 seconds:0.05 .*dir:TO_DEVICE granule:1"),
+    ("--domain lazy -t 2", ": threads:2 seconds:0.05 node:-1 dir:BIDIRECTIONAL granule: 1"),
+    ("--domain identity -x 1000", ": threads:1 seconds:0.05 node:-1 dir:BIDIRECTIONAL granule: 1"),
+    ("--api vfio -m sg -g 3", r"\(SG_MODE\): threads:1 seconds:0.05 node:-1 dir:BIDIRECTIONAL granule:3"),
     ("--api pagetable -t 2 -x 100", ": threads:2 seconds:0.05 node:-1 dir:BIDIRECTIONAL granule: 1"),
 ]
 
@@ -125,6 +133,43 @@ def test_the_document(capfd: Any) -> None:
         assert sum(count for _, count in latency["histogram"]) == result["loops"]
         assert f"average {name} latency(us):{latency['average'] / 1000:.1f}" in "\n".join(result["lines"])
     assert result["sweep"] == []
+    assert result["breakdown"] is None
+
+
+STEPS: list[tuple[str, set[str], set[str]]] = [
+    ("", {"call", "iova", "pin", "page table"}, {"call", "iova", "pin", "page table", "hypercall", "flush handshake"}),
+    ("--domain lazy", {"call", "iova", "pin", "page table"},
+     {"call", "iova", "pin", "page table", "hypercall", "flush handshake", "flush queue"}),
+    ("--domain identity", {"call"}, {"call"}),
+    ("--api vfio", {"call", "pin", "index", "page table"},
+     {"call", "pin", "index", "page table", "hypercall", "flush handshake"}),
+    ("--api vfio -m sg -g 4 --mappings 100 --platform amd", {"call", "pin", "index", "page table"},
+     {"call", "pin", "index", "page table", "hypercall", "flush handshake"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "mapping", "unmapping"), STEPS)
+def test_where_it_goes(capfd: Any, text: str, mapping: set[str], unmapping: set[str]) -> None:
+    breakdown = document(capfd, "--breakdown", *text.split())["breakdown"]
+    # A step may be shorter than the clock can tell; validation often is.
+    assert mapping <= set(breakdown["map"]) <= mapping | {"validation"}
+    assert unmapping <= set(breakdown["unmap"]) <= unmapping | {"validation"}
+    assert all(ns > 0 for part in ("map", "unmap") for ns in breakdown[part].values())
+    assert breakdown["count"] >= 300
+
+
+def test_where_it_goes_as_a_table(capfd: Any) -> None:
+    status, out, err = run(capfd, *SHORT, "--breakdown")
+    assert (status, err) == (0, "")
+    table = out[out.index("where it goes") :].split("\n\n")[0].splitlines()
+    rows = {line[:18].strip(): re.findall(r"([\d,]+|-) +(\d+%)?", line[18:] + " ") for line in table[1:]}
+    assert list(rows)[-2:] == ["all of it", "without timers"]
+    for column in (0, 1):
+        cells = [cell[column] for name, cell in rows.items() if name not in ("all of it", "without timers")]
+        parts = [int(ns.replace(",", "")) for ns, _ in cells if ns != "-"]
+        assert sum(parts) == pytest.approx(int(rows["all of it"][column][0].replace(",", "")), abs=len(parts))
+        assert sum(int(share[:-1]) for _, share in cells if share) == pytest.approx(100, abs=len(parts))
+    assert rows["hypercall"][0][0] == "-"
 
 
 @pytest.mark.parametrize(("mappings", "bits"), [(0, 32), (1000, 32), (1_000_000, 33), (10_000_000, 37)])
@@ -141,22 +186,20 @@ def test_the_mask_is_as_wide_as_live_mappings_need(mappings: int, bits: int) -> 
 
 def test_it_takes_the_seconds_it_was_given(capfd: Any) -> None:
     began = time.perf_counter()
-    status, _, _ = run(capfd, "-s", "2", "--api", "pagetable")
+    status, _, _ = run(capfd, "-s", "1", "--api", "pagetable")
     assert status == 0
-    assert time.perf_counter() - began > 1.9
+    assert time.perf_counter() - began > 0.95
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.svg"])
-def test_the_picture(capfd: Any, tmp_path: Path, name: str) -> None:
+def test_the_picture(capfd: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = tmp_path / name
+    path = tmp_path / "picture.png"
     status, out, err = run(capfd, *SHORT, "--api", "pagetable", "--mappings", "500", "--plot", str(path))
     assert (status, err) == (0, "")
     rows = re.findall(r"^([\d,]+) +\d+\.\d+ +x\d+\.\d\d +\d+\.\d+ +x\d+\.\d\d$", out, re.MULTILINE)
     assert rows == ["1", "10", "100", "500", "1,000", "10,000", "100,000"]
     assert f"plot        {path}" in out
-    start = path.read_bytes()[:300]
-    assert start.startswith(b"\x89PNG") if name.endswith("png") else b"<svg" in start or b"<?xml" in start
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib(capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,25 @@ WORDS = {
     "copy_file.py": ["500000 bytes", "CRC-32C"],
     "crc_pipeline.py": ["500000 bytes, CRC-32C 0x"],
     "delta.py": ["32 blocks, 1 rewritten, 15 unchanged", "restored: True"],
+    "dma_api.py": [
+        "equal: True; and once more: False",
+        "the fault log: 0001:00:00.0: write of iova",
+        "3 mistakes: sync in another direction, unmapped with another direction, left mapped",
+        "in mistakes; mapped at",
+    ],
+    "dirty_log.py": [
+        "round 0: 16384 pages, all there are",
+        "pages written by DMA meanwhile",
+        "the device's buffer arrived whole: True",
+    ],
     "dualcast.py": ["64 entries of 768 bytes in both mirrors", "64 bytes out of step: DSA_COMP_DCAST_ERR"],
     "hello_dsa.py": ["moved 1048576 bytes", "CRC 0x"],
+    "lazy_window.py": [
+        "strict: after the unmap the device is kept out; kept=True",
+        "lazy  : after the unmap the device still writes; kept=False",
+        "lazy  : after the flush the device is kept out",
+    ],
+    "iommufd.py": ["first space: 1, second space: 2", "through a table of our own: 3"],
     "page_fault.py": [
         "DSA_COMP_BATCH_FAIL",
         "member 2: DSA_COMP_PAGE_FAULT_NOBOF",

@@ -338,6 +338,7 @@ class Commands:
             "dedicated": dedicated,
             "priority": priority if config.priority else 1,
             "bof": bof,
+            "ats_disable": bool(ats_disable),
             "max_xfer_shift": xfer,
             "max_batch_shift": batch,
             "op_config": list(wqcfg.op_config),

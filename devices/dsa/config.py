@@ -60,7 +60,7 @@ class DsaConfig:
     group 0 with all engines. ``vectors``: MSI-X, number 0 for the device itself. ``int_handles``: how
     many interrupt handles can be requested; 0: a handle is the MSI-X table index and the two commands are not
     there. ``opcodes``: fewer than are implemented. ``event_log``: entries of 64 bytes; ``occupancy_interrupt``,
-    ``wq_ats``: the bits of WQCAP (ATS disable is stored, without effect). Raises ``ValueError`` for what no
+    ``wq_ats``: the bits of WQCAP (a WQ with ATS disabled uses no device TLB). Raises ``ValueError`` for what no
     device can be.
     """
 

@@ -155,6 +155,7 @@ int pv_dsa_wq_enable(struct pv_dsa *dsa, uint32_t index, const struct pv_dsa_wq_
     wq->threshold = config->threshold;
     wq->dedicated = config->dedicated;
     wq->bof = config->bof;
+    wq->ats_disable = config->ats_disable;
     wq->flags = dsa->flags & ~(config->bof ? 0u : (uint32_t)IDXD_OP_FLAG_BOF);
     wq->max_xfer = 1ull << config->max_xfer_shift;
     wq->max_batch = 1u << config->max_batch_shift;

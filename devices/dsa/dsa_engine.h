@@ -38,6 +38,7 @@ struct pv_dsa_wq_config {
     uint32_t dedicated;
     uint32_t priority; /* 1..15 */
     uint32_t bof;
+    uint32_t ats_disable;
     uint32_t max_xfer_shift;
     uint32_t max_batch_shift;
     uint64_t op_config[4];

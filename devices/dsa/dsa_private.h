@@ -49,7 +49,7 @@ struct dsa_wq {
     uint32_t state; /* IDXD_WQ_STATE_*: submissions are taken while enabled */
     _Atomic uint64_t tail;
     uint32_t size, threshold;
-    bool dedicated, bof;
+    bool dedicated, bof, ats_disable;
     uint64_t max_xfer;
     uint32_t max_batch;
     uint32_t flags; /* descriptor flags this WQ allows */

@@ -73,6 +73,8 @@ static int run_slot(struct pv_dsa *dsa, struct dsa_slot *slot)
         dispatch(dsa, slot, group, (uint32_t)at);
         begun = true;
     }
+    /* Of the WQ in hand (Intel DSA 1.2, WQCFG); engines take turns in one thread. */
+    atomic_store_explicit(&dsa->bus->untranslated, dsa->wq[slot->wq].ats_disable, memory_order_relaxed);
     switch (dsa_work_advance(dsa, slot, &slot->work)) {
     case DSA_DONE:
         atomic_store(&slot->sequence, DSA_NO_SEQUENCE);

@@ -69,6 +69,11 @@ class Capabilities:
         return bool(self.wqcap & lib.IDXD_WQCAP_DEDICATED_MODE)
 
     @property
+    def wq_ats(self) -> bool:
+        """Whether ATS can be disabled for a work queue."""
+        return bool(self.wqcap & lib.IDXD_WQCAP_WQ_ATS_SUPPORT)
+
+    @property
     def op_config(self) -> bool:
         """WQCFG has a bit map of permitted operations."""
         return bool(self.wqcap & lib.IDXD_WQCAP_OP_CONFIG)

@@ -29,7 +29,8 @@ class WqConfig:
     ``size`` in descriptors (``None``: an even share of what the device has), ``threshold`` of a shared WQ
     (``None``: its size), ``priority`` 1 to 15, ``group``, and the shifts (``None``: the device's largest)
     that bound a transfer in bytes and a batch in descriptors. ``operations`` are the opcodes it may do (``None``:
-    all), where the device can be told (``Capabilities.op_config``).
+    all), where the device can be told (``Capabilities.op_config``). ``ats`` false keeps its accesses out of the
+    device's TLB, where the device can be told that (``Capabilities.wq_ats``).
     """
 
     size: int | None = None
@@ -42,6 +43,7 @@ class WqConfig:
     max_batch_shift: int | None = None
     completion: Completion = "hybrid"
     operations: frozenset[int] | None = None
+    ats: bool = True
 
     def __post_init__(self) -> None:
         if self.completion not in COMPLETIONS:
@@ -67,6 +69,8 @@ def resolve(wanted: Sequence[WqConfig], capabilities: Capabilities) -> list[WqCo
             )
         if config.operations is not None:
             _check_operations(config.operations, capabilities)
+        if not config.ats and not capabilities.wq_ats:
+            raise ValueError("the device does not disable ATS for a work queue (WQCAP)")
         size = left // open_sizes if config.size is None else config.size
         transfer, batch = config.max_transfer_shift, config.max_batch_shift
         resolved.append(
@@ -96,6 +100,7 @@ def _wqcfg(config: WqConfig, capabilities: Capabilities) -> np.ndarray[Any, Any]
     mode = config.priority << int(lib.IDXD_WQCFG_PRIORITY_SHIFT)
     mode |= 0 if config.shared else int(lib.IDXD_WQCFG_MODE_DEDICATED)
     mode |= int(lib.IDXD_WQCFG_BOF) if config.block_on_fault else 0
+    mode |= 0 if config.ats else int(lib.IDXD_WQCFG_ATS_DISABLE)
     raw["mode"] = mode
     shift = int(lib.IDXD_WQCFG_MAX_BATCH_SHIFT_SHIFT)
     raw["limits"] = (config.max_transfer_shift or 0) | (config.max_batch_shift or 0) << shift
@@ -155,6 +160,7 @@ async def read_configuration(
                 max_batch_shift=(limits & int(lib.IDXD_WQCFG_MAX_BATCH_SHIFT_MASK))
                 >> int(lib.IDXD_WQCFG_MAX_BATCH_SHIFT_SHIFT),
                 completion=completion,
+                ats=not mode & lib.IDXD_WQCFG_ATS_DISABLE,
             )
         )
     return configs

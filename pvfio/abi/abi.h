@@ -11,6 +11,7 @@
 #pragma pack(push, 1)
 #include "hyperv.h"
 #include "vfio.h"
+#include "iommufd.h"
 #include "pci.h"
 #include "dsa.h"
 #include "nvme.h"

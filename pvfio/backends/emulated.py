@@ -13,8 +13,10 @@ import trio
 
 from pvfio.vfio.backend import Backend
 from pvfio.vfio.ioctl import IoctlContainer, IoctlGroup
+from pvfio.vfio.iommufd import Iommufd, IommufdDevice
 
 if TYPE_CHECKING:
+    from pvfio.guest.iommufd import IommufdFile
     from pvfio.guest.kernel import GuestKernel
     from pvfio.guest.vfio_container import ContainerFile
     from pvfio.guest.vfio_group import GroupFile
@@ -24,9 +26,9 @@ __all__ = ["EmulatedVfio"]
 
 
 class _File:
-    """A container's or group's file: their closing never sleeps, nor do their requests but one."""
+    """A container's, iommufd's or group's file: their closing never sleeps, nor do their requests but one."""
 
-    def __init__(self, file: ContainerFile | GroupFile) -> None:
+    def __init__(self, file: ContainerFile | GroupFile | IommufdFile) -> None:
         self._file = file
         self.fd = file.fd
         self.ioctl = file.ioctl
@@ -60,6 +62,8 @@ class EmulatedVfio(Backend):
         self.memory = memory
         self._containers: list[IoctlContainer] = []
         self._groups: list[IoctlGroup] = []
+        self._iommufds: list[Iommufd] = []
+        self._bound: list[IommufdDevice] = []
 
     async def __aenter__(self) -> Self:
         # Opening was the checkpoint: one here could be cancelled with nobody to close.
@@ -94,15 +98,32 @@ class EmulatedVfio(Backend):
         self._groups = [*(other for other in self._groups if not other.closed), group]
         return group
 
+    async def open_iommufd(self) -> Iommufd:
+        await trio.lowlevel.checkpoint()
+        iommufd = Iommufd(_File(self.kernel.vfio.open_iommufd()), self.memory)
+        self._iommufds = [*(other for other in self._iommufds if not other.closed), iommufd]
+        return iommufd
+
+    async def bind_device(self, name: str, iommufd: Iommufd) -> IommufdDevice:
+        device = await IommufdDevice.bind(name, self.kernel.vfio.open_cdev(name), iommufd)
+        self._bound = [*(other for other in self._bound if not other.closed), device]
+        return device
+
     async def close(self) -> None:
-        """Closes every device, group and container that is still open. Safe to call twice; finishes if
+        """Closes every device, group, container and iommufd that is still open. Safe to call twice; finishes if
         cancelled.
         """
         with trio.CancelScope(shield=True):
+            for device in reversed(self._bound):
+                await device.close()
             for group in reversed(self._groups):
                 await group.close()
             for container in self._containers:
                 await container.close()
+            for iommufd in self._iommufds:
+                await iommufd.close()
+        self._bound.clear()
+        self._iommufds.clear()
         self._groups.clear()
         self._containers.clear()
         await trio.lowlevel.checkpoint_if_cancelled()

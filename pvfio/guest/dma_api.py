@@ -13,15 +13,22 @@ of MMIO (P2P), segment boundaries, a coherent mask of its own, pools of small co
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import Sequence
-from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 
 from pvfio.errors import DmaMappingError, VfioError
 from pvfio.guest.dma_domain import DmaDomain
+from pvfio.guest.dma_types import (
+    DMA_ATTR_SKIP_CPU_SYNC,
+    DMA_ATTR_WEAK_ORDERING,
+    Direction,
+    DmaDebugHook,
+    DmaSegment,
+    segments_of,
+    span,
+)
 from pvfio.guest.swiotlb import Bounce
 
 if TYPE_CHECKING:
@@ -41,80 +48,14 @@ __all__ = [
     "DmaSegment",
 ]
 
-DMA_ATTR_WEAK_ORDERING = 1 << 1
-"""Accepted; it says nothing to this machine."""
-DMA_ATTR_SKIP_CPU_SYNC = 1 << 5
-"""The caller syncs itself: an unmap copies nothing back from a bounce buffer."""
-
 _PAGE = 4096
 _OFFSET = _PAGE - 1
 _MAX_SEGMENT = 64 << 10
 
 
-class Direction(IntEnum):
-    """Whom the data is for (Linux ``enum dma_data_direction``)."""
-
-    BIDIRECTIONAL = 0
-    TO_DEVICE = 1
-    FROM_DEVICE = 2
-    NONE = 3
-
-
 # BIDIRECTIONAL, TO_DEVICE, FROM_DEVICE as page-table permissions; stage 1 has no write-only.
 _PERM = (3, 1, 3)
 _READ_WRITE = 3
-
-
-class DmaSegment(NamedTuple):
-    """A piece of a mapped list, as the device sees it: DMA address and bytes."""
-
-    address: int
-    length: int
-
-
-class DmaDebugHook(Protocol):
-    """Who is told of every map, unmap and sync. ``device`` is the PCI name; ``kind`` is "single", "page",
-    "scatter-gather" or "coherent"; addresses are DMA addresses, sizes bytes, ``cpu`` names the memory, ``entries``
-    is the length of the list (of segments; address and size then span them all).
-
-    ``mapped`` comes after a success, ``unmapping`` and ``syncing`` before anything is done, ``unbound`` when the
-    driver lets go of its device. What it raises goes to the driver.
-    """
-
-    def mapped(
-        self,
-        device: str,
-        kind: str,
-        address: int,
-        size: int,
-        direction: int,
-        *,
-        cpu: int = 0,
-        entries: int = 1,
-    ) -> None: ...
-    def unmapping(
-        self,
-        device: str,
-        kind: str,
-        address: int,
-        size: int,
-        direction: int,
-        *,
-        cpu: int = 0,
-        entries: int = 1,
-    ) -> None: ...
-    def syncing(
-        self,
-        device: str,
-        kind: str,
-        address: int,
-        size: int,
-        direction: int,
-        *,
-        to_cpu: bool,
-        entries: int = 1,
-    ) -> None: ...
-    def unbound(self, device: str) -> None: ...
 
 
 class DmaDevice:
@@ -217,7 +158,7 @@ class DmaDevice:
                 address = self._bounce(memory, direction)
             else:
                 address = self.domain.map_phys(start, size, _PERM[direction], self._limit)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise self._error(errno.EFAULT, "map", str(error), size=size) from error
         except OSError as error:
             raise self._error(error.errno or 0, "map", error.strerror or "", size=size) from error
@@ -249,7 +190,7 @@ class DmaDevice:
         else:
             segments = self._map_range(entries, direction)
         if self._debug is not None:
-            address, size = _span(segments)
+            address, size = span(segments)
             cpu = entries[0].vaddr
             self._debug.mapped(
                 self.name, "scatter-gather", address, size, direction, cpu=cpu, entries=len(segments)
@@ -260,7 +201,7 @@ class DmaDevice:
         """Takes a list back, as ``map_sg`` returned it. Raises EINVAL as ``unmap_single``, and for no segments."""
         if not segments:
             self._bad(direction, 0)
-        address, size = _span(segments)
+        address, size = span(segments)
         if self._debug is not None:
             self._debug.unmapping(
                 self.name, "scatter-gather", address, size, direction, entries=len(segments)
@@ -333,7 +274,7 @@ class DmaDevice:
         if not 0 <= direction <= 2 or not segments:
             self._bad(direction, 0)
         if self._debug is not None:
-            address, size = _span(segments)
+            address, size = span(segments)
             entries = len(segments)
             self._debug.syncing(
                 self.name, "scatter-gather", address, size, direction, to_cpu=to_cpu, entries=entries
@@ -350,6 +291,8 @@ class DmaDevice:
 
     def _unmap(self, address: int, size: int, direction: int, attrs: int) -> None:
         if not 0 <= direction <= 2 or size <= 0:
+            if self._debug is not None:
+                self._debug.unmap_refused()
             self._bad(direction, size, "unmap")
         bounce = self._bounces.get(address >> 12) if self._bounces else None
         try:
@@ -360,6 +303,8 @@ class DmaDevice:
                 raise OSError(errno.EINVAL, "not the bounce buffer that is mapped there")
             self.domain.unmap(address, bounce.whole)
         except OSError as error:
+            if self._debug is not None:
+                self._debug.unmap_refused()
             raise self._error(
                 errno.EINVAL, "unmap", str(error.strerror), address=address, size=size
             ) from error
@@ -400,21 +345,7 @@ class DmaDevice:
             for pin in pins:
                 memory.unpin(pin)
             raise self._error(error.errno or 0, "map", error.strerror or "") from error
-        return self._segments(entries, at)
-
-    def _segments(self, entries: Sequence[DmaBuffer], at: int) -> list[DmaSegment]:
-        """What the device sees of entries that lie, in whole pages each, one after the other from ``at`` on."""
-        segments: list[DmaSegment] = []
-        joins = False
-        for buffer in entries:
-            offset, size = buffer.vaddr & _OFFSET, buffer.nbytes
-            if joins and not offset and segments[-1].length + size <= self.max_segment:
-                segments[-1] = DmaSegment(segments[-1].address, segments[-1].length + size)
-            else:
-                segments.append(DmaSegment(at + offset, size))
-            at += offset + size + _OFFSET & ~_OFFSET
-            joins = not (offset + size) & _OFFSET
-        return segments
+        return segments_of(entries, at, self.max_segment)
 
     def _bounce(self, memory: npt.NDArray[np.uint8], direction: int) -> int:
         pool = self.kernel.bounce_pool
@@ -451,11 +382,3 @@ class DmaDevice:
 def _bytes_of(buffer: DmaBuffer) -> npt.NDArray[np.uint8]:
     """The same memory as plain bytes."""
     return np.asarray(buffer).reshape(-1).view(np.uint8)
-
-
-def _span(segments: Sequence[DmaSegment]) -> tuple[int, int]:
-    """First address, and bytes up to the end of the last segment. Identity's may lie anywhere."""
-    start = segments[0].address
-    if any(after.address < before.address for before, after in itertools.pairwise(segments)):
-        return start, sum(segment.length for segment in segments)
-    return start, segments[-1].address + segments[-1].length - start

@@ -120,8 +120,8 @@ class LiveMapping:
 class DmaDebug:
     """Remembers the mappings of every device and judges what is done with them.
 
-    A report is logged as a warning and kept in ``reports``; with ``raises`` the call raises ``DmaMisuseError``
-    as well, before anything is unmapped or synced. ``remember``: how many ended mappings are known, to tell a
+    A report is logged as a warning and kept in ``reports``; with ``raises`` an unmap or a sync raises
+    ``DmaMisuseError`` as well, before anything is done. ``remember``: how many ended mappings are known, to tell a
     second unmap, or a sync that comes too late, from an address that never was. ``keep``: how many reports;
     ``count`` counts all.
     """
@@ -136,6 +136,7 @@ class DmaDebug:
         self._lines: Counter[int] = Counter()
         self._remember = remember
         self._ended: dict[tuple[str, int], tuple[LiveMapping, CallSite]] = {}
+        self._last: LiveMapping | None = None
 
     def __len__(self) -> int:
         return sum(len(found) for found in self._live.values())
@@ -195,6 +196,7 @@ class DmaDebug:
         Raises ``DmaMisuseError``; the mapping lives on then.
         """
         here = _caller()
+        self._last = None
         found = self._live.get((device, address))
         if not found:
             self._report([self._unknown(device, address, size, here, Rule.DOUBLE_UNMAP, Rule.UNMAP_UNKNOWN)])
@@ -203,19 +205,18 @@ class DmaDebug:
         said = (size, kind, direction, entries, cpu)
         mapping = max(found, key=lambda known: sum(map(_same, _facts(known), said)))
         self._report(_differences(mapping, kind, size, direction, cpu, entries, here))
-        found.remove(mapping)
-        if not found:
-            del self._live[device, address]
-            order = self._order[device]
-            del order[bisect_right(order, address) - 1]
-        if mapping.cpu and mapping.direction != _TO_DEVICE:
-            line = mapping.cpu >> _CACHE_LINE_SHIFT
-            self._lines[line] -= 1
-            if not self._lines[line]:
-                del self._lines[line]
+        self._forget(mapping)
         self._ended[device, address] = mapping, here
+        self._last = mapping
         if len(self._ended) > self._remember:
             del self._ended[next(iter(self._ended))]
+
+    def unmap_refused(self) -> None:
+        """The unmap that was announced last came to nothing: the mapping lives on."""
+        mapping, self._last = self._last, None
+        if mapping is not None:
+            del self._ended[mapping.device, mapping.address]
+            self._know(mapping)
 
     def syncing(
         self,
@@ -267,7 +268,7 @@ class DmaDebug:
     def unbound(self, device: str) -> None:
         """A driver let go of its device: what it left mapped is a leak, told in one report with the oldest as example.
 
-        The mappings stay known, as they stay mapped, and are not reported again. Raises ``DmaMisuseError``.
+        The mappings stay known, as they stay mapped, and are not reported again. Nobody is left to raise to.
         """
         left = [mapping for mapping in self.mappings(device) if not mapping.leaked]
         if not left:
@@ -276,7 +277,32 @@ class DmaDebug:
             mapping.leaked = True
         first = left[0]
         detail = f"one of {len(left)}, mapped as {first.kind} {_DIRECTIONS[first.direction]}"
-        self._report([DmaMisuse(Rule.LEAK, device, first.address, first.size, detail, _caller(), first.at)])
+        self._record([DmaMisuse(Rule.LEAK, device, first.address, first.size, detail, _caller(), first.at)])
+
+    def _know(self, mapping: LiveMapping) -> int | None:
+        """Keeps a mapping; the number of its cache line where a device may write it."""
+        found = self._live.setdefault((mapping.device, mapping.address), [])
+        if not found:
+            insort(self._order.setdefault(mapping.device, []), mapping.address)
+        found.append(mapping)
+        line = _written_line(mapping)
+        if line is not None:
+            self._lines[line] += 1
+        return line
+
+    def _forget(self, mapping: LiveMapping) -> None:
+        key = mapping.device, mapping.address
+        found = self._live[key]
+        found.remove(mapping)
+        if not found:
+            del self._live[key]
+            order = self._order[mapping.device]
+            del order[bisect_right(order, mapping.address) - 1]
+        line = _written_line(mapping)
+        if line is not None:
+            self._lines[line] -= 1
+            if not self._lines[line]:
+                del self._lines[line]
 
     def _containing(self, device: str, address: int) -> LiveMapping | None:
         """The mapping that holds a byte: the nearest that begins at or below it and reaches it."""
@@ -289,11 +315,7 @@ class DmaDebug:
 
     def _other_writer(self, new: LiveMapping, line: int) -> LiveMapping:
         return next(
-            mapping
-            for mapping in self.mappings()
-            if mapping is not new
-            and mapping.cpu >> _CACHE_LINE_SHIFT == line
-            and mapping.direction != _TO_DEVICE
+            mapping for mapping in self.mappings() if mapping is not new and _written_line(mapping) == line
         )
 
     def _unknown(
@@ -337,8 +359,14 @@ def _differences(
         yield DmaMisuse(rule, mapping.device, mapping.address, size, detail, here, mapping.at)
 
 
+def _written_line(mapping: LiveMapping) -> int | None:
+    """The first cache line of memory that a device may write; None where it may not, or the memory is unknown."""
+    return mapping.cpu >> _CACHE_LINE_SHIFT if mapping.cpu and mapping.direction != _TO_DEVICE else None
+
+
 def _two(mapped: int, said: int) -> str:
-    return f"mapped {_DIRECTIONS[mapped]}, now {_DIRECTIONS[said]}"
+    name = _DIRECTIONS[said] if 0 <= said < len(_DIRECTIONS) else str(said)
+    return f"mapped {_DIRECTIONS[mapped]}, now {name}"
 
 
 def _facts(mapping: LiveMapping) -> tuple[int, str, int, int, int]:

@@ -98,7 +98,7 @@ class DmaDomain:
         if self.domain is None:
             raise ValueError("an identity domain flushes nothing")
         self.kind = "lazy"
-        self.queue = FlushQueue(self._ptr, self.domain, self._spawn)
+        self.queue = FlushQueue(self._ptr, self.domain, self._spawn, self._settle)
 
     def map_buffer(self, vaddr: int, size: int, perm: int, limit: int) -> int:
         """Maps process memory of one allocation and pins it; identity pins nothing. Returns the DMA address.
@@ -108,6 +108,7 @@ class DmaDomain:
         """
         address: int
         if self._ptr is None:
+            self._check_live()
             address = lib.pv_dma_direct(self.memory.ptr, vaddr, size, limit)
         else:
             address = _map(self._ptr, current_vp(), vaddr, size, perm, limit)
@@ -119,6 +120,7 @@ class DmaDomain:
         """Maps guest memory that its owner keeps; it must be RAM. Raises ``OSError`` as ``map_buffer``."""
         if self.memory.guest_ptr(gpa, size) == ffi.NULL:
             raise OSError(errno.EFAULT, _REASONS[errno.EFAULT])
+        self._check_live()
         address = gpa
         if self._ptr is not None:
             address = lib.pv_dma_map_phys(self._ptr, current_vp(), gpa, size, perm, limit)
@@ -134,6 +136,7 @@ class DmaDomain:
         Raises ``OSError`` as ``map_buffer``; the pins are the caller's still then. ``ValueError`` for identity.
         """
         if self._ptr is None:
+            self._check_live()
             raise ValueError("an identity domain maps nothing")
         array = ffi.new("struct pv_run[]", [{"gpa": gpa, "size": size} for gpa, size in runs])
         address: int = lib.pv_dma_map_runs(
@@ -151,22 +154,24 @@ class DmaDomain:
         Raises ``OSError`` EINVAL for what is not mapped with these pages; nothing has changed then.
         """
         if self._ptr is None:
+            self._check_live()
             return
         try:
             if self.queue is None:
                 if _unmap(self._ptr, address, size):
                     self._refused(-errno.EINVAL)
                 self._flush(address, size)
-                if self._pins:
-                    self._unpin(address)
                 return
             flags: int = _unmap_lazy(self._ptr, current_vp(), address, size)
         except OverflowError:
             self._refused(-errno.EINVAL)
-        if flags:
-            self._queued(flags, address, size)
+        if flags < 0:
+            self._unmap_full(flags, address, size)
+            return
         if self._pins:
             self._unpin(address)
+        if flags:
+            self.queue.added(flags)
 
     def is_mapped(self, address: int) -> bool:
         """Whether a device can read that byte; always, for identity."""
@@ -174,7 +179,7 @@ class DmaDomain:
 
     def flush(self) -> bool:
         """Flushes the queue now; False where the host refuses."""
-        return self.queue is None or (self.queue.flush() and self._settle())
+        return self.queue is None or self.queue.flush()
 
     def close(self) -> None:
         """Frees it, and the pins of what is still mapped. Raises ``IommuError`` EBUSY while a device is in it."""
@@ -188,44 +193,47 @@ class DmaDomain:
                 self.memory.unpin(pin)
         for iova in list(self._pins):
             self._unpin(iova)
-        self._ptr = self.iova = None
+        self._ptr = self.iova = self.queue = None
+
+    def _check_live(self) -> None:
+        if self.kind != "identity" and self._ptr is None:
+            raise OSError(errno.ENODEV, "the domain is gone")
+
+    def set_laps(self, laps: Any) -> None:
+        """Lets a ``struct pv_laps *`` take the time of every step of maps and unmaps, until it is None again.
+
+        It must live as long. Identity has no steps.
+        """
+        if self._ptr is not None:
+            lib.pv_dma_set_laps(self._ptr, laps or ffi.NULL)
 
     def _flush(self, address: int, size: int) -> None:
         assert self.domain is not None
         start = address & ~_OFFSET
         if self.domain.flush_range(start, (address + size - 1) | _OFFSET):
             _end(self._ptr, current_vp(), start)
+            if self._pins:
+                self._unpin(start)
             if self._unflushed:
                 self._settle()
         else:
             # The IOVAs, and the memory, must not be used again before a flush that covers them.
             self._unflushed.append((start, current_vp()))
 
-    def _settle(self) -> bool:
+    def _settle(self) -> None:
+        """A flush has covered whatever was held back."""
         for address, vp in self._unflushed:
             _end(self._ptr, vp, address)
+            self._unpin(address)
         self._unflushed.clear()
-        return True
 
-    def _queued(self, flags: int, address: int, size: int) -> None:
-        """What C had to say of a lazy unmap."""
+    def _unmap_full(self, error: int, address: int, size: int) -> None:
+        """A lazy unmap that C refused: because the queue is full (the host has refused to flush), or as a mistake."""
         assert self.queue is not None
-        if flags == -errno.ENOSPC:
-            # Full, and the host refused to flush; try once more, and keep the range where it refuses again.
-            flushed = self.flush()
-            if _unmap(self._ptr, address, size):
-                self._refused(-errno.EINVAL)
-            if flushed:
-                flags = lib.pv_dma_queue(self._ptr, current_vp(), address)
-            else:
-                self._unflushed.append((address & ~_OFFSET, current_vp()))
-                return
-        if flags < 0:
-            self._refused(flags)
-        if flags:
-            self.queue.added(flags)
-            if self._unflushed and not len(self.queue):
-                self._settle()
+        if error != -errno.ENOSPC or _unmap(self._ptr, address, size):
+            self._refused(-errno.EINVAL)
+        self._unflushed.append((address & ~_OFFSET, current_vp()))
+        self.queue.flush()
 
     def _unpin(self, address: int) -> None:
         for pin in self._pins.pop(address & ~_OFFSET, ()):

@@ -9,6 +9,7 @@
 
 #include "../pagetable/pagetable.h"
 #include "iova.h"
+#include "laps.h"
 
 #define PAGE_MASK ((uint64_t)PV_PAGE_SIZE - 1)
 #define LAST_PFN_32BIT 0xfffffull
@@ -24,6 +25,7 @@ struct pv_dma {
     struct pt_table *table;
     struct pv_iova *iova;
     struct queue *queues;
+    struct pv_laps *laps;
     uint32_t vps;
     bool below_4g;
     uint64_t queued;
@@ -49,6 +51,11 @@ void pv_dma_destroy(struct pv_dma *dma)
     if (dma)
         free(dma->queues);
     free(dma);
+}
+
+void pv_dma_set_laps(struct pv_dma *dma, struct pv_laps *laps)
+{
+    dma->laps = laps;
 }
 
 static uint64_t alloc_pages(struct pv_dma *dma, uint32_t vp, uint64_t pages, uint64_t limit)
@@ -85,6 +92,7 @@ int64_t pv_dma_map_runs(struct pv_dma *dma, uint32_t vp, const struct pv_run *ru
                         uint64_t limit, int64_t cookie)
 {
     uint64_t pages = 0;
+    pv_laps_begin(dma->laps);
     for (uint64_t i = 0; i < count; i++) {
         uint64_t offset = runs[i].gpa & PAGE_MASK, size = runs[i].size;
         bool inner = (i && offset) || (i + 1 < count && ((offset + size) & PAGE_MASK));
@@ -93,9 +101,11 @@ int64_t pv_dma_map_runs(struct pv_dma *dma, uint32_t vp, const struct pv_run *ru
     }
     if (!pages || vp >= dma->vps)
         return -EINVAL;
+    pv_lap(dma->laps, PV_LAP_CHECK);
     uint64_t pfn = alloc_pages(dma, vp, pages, limit);
     if (pfn == PV_IOVA_NONE)
         return -ENOMEM;
+    pv_lap(dma->laps, PV_LAP_IOVA);
     uint64_t mapped = 0;
     for (uint64_t i = 0; i < count; i++) {
         uint64_t offset = runs[i].gpa & PAGE_MASK, size = (offset + runs[i].size + PAGE_MASK) & ~PAGE_MASK;
@@ -106,7 +116,9 @@ int64_t pv_dma_map_runs(struct pv_dma *dma, uint32_t vp, const struct pv_run *ru
         }
         mapped += size;
     }
+    pv_lap(dma->laps, PV_LAP_TABLE);
     pv_iova_find(dma->iova, pfn)->cookie = cookie;
+    pv_lap(dma->laps, PV_LAP_IOVA);
     return (int64_t)((pfn << PV_PAGE_SHIFT) + (runs[0].gpa & PAGE_MASK));
 }
 
@@ -123,6 +135,7 @@ int64_t pv_dma_map(struct pv_dma *dma, uint32_t vp, uint64_t vaddr, uint64_t siz
         return -EINVAL;
     uint64_t start = vaddr - offset, whole = (offset + size + PAGE_MASK) & ~PAGE_MASK;
     struct pv_run few[RUNS], *runs = few;
+    pv_laps_begin(dma->laps);
     int64_t count = pv_memory_runs(dma->memory, start, whole, few, RUNS);
     if (count < 0)
         return count;
@@ -133,6 +146,7 @@ int64_t pv_dma_map(struct pv_dma *dma, uint32_t vp, uint64_t vaddr, uint64_t siz
         count = pv_memory_runs(dma->memory, start, whole, runs, (uint64_t)count);
     }
     int64_t pin = pv_memory_pin(dma->memory, start, whole);
+    pv_lap(dma->laps, PV_LAP_PIN);
     int64_t address = pin < 0 ? pin : pv_dma_map_runs(dma, vp, runs, (uint64_t)count, perm, limit, pin);
     if (runs != few)
         free(runs);
@@ -163,8 +177,10 @@ static struct pv_iova_range *live_range(struct pv_dma *dma, uint64_t addr, uint6
 static void clear(struct pv_dma *dma, struct pv_iova_range *range)
 {
     uint64_t gone;
+    pv_lap(dma->laps, PV_LAP_CHECK);
     pt_unmap_range(dma->table, range->pfn << PV_PAGE_SHIFT, (uint64_t)range->pages << PV_PAGE_SHIFT, &gone);
     range->ended = 1;
+    pv_lap(dma->laps, PV_LAP_TABLE);
 }
 
 static void unpin(struct pv_dma *dma, struct pv_iova_range *range)
@@ -172,17 +188,20 @@ static void unpin(struct pv_dma *dma, struct pv_iova_range *range)
     if (range->cookie >= 0)
         pv_memory_unpin(dma->memory, range->cookie);
     range->cookie = PV_DMA_NO_PIN;
+    pv_lap(dma->laps, PV_LAP_PIN);
 }
 
 static int push(struct pv_dma *dma, struct queue *queue, uint64_t pfn)
 {
     queue->pfns[queue->count++] = pfn;
     int flags = dma->queued++ ? 0 : PV_DMA_QUEUE_FIRST;
+    pv_lap(dma->laps, PV_LAP_IOVA);
     return queue->count == PV_DMA_QUEUE ? flags | PV_DMA_QUEUE_FULL : flags;
 }
 
 int pv_dma_unmap(struct pv_dma *dma, uint64_t addr, uint64_t size)
 {
+    pv_laps_begin(dma->laps);
     struct pv_iova_range *range = live_range(dma, addr, size);
     if (!range)
         return -EINVAL;
@@ -192,11 +211,15 @@ int pv_dma_unmap(struct pv_dma *dma, uint64_t addr, uint64_t size)
 
 int pv_dma_end(struct pv_dma *dma, uint32_t vp, uint64_t addr)
 {
+    pv_laps_begin(dma->laps);
     struct pv_iova_range *range = pv_iova_find(dma->iova, addr >> PV_PAGE_SHIFT);
     if (!range || !range->ended)
         return -EINVAL;
+    pv_lap(dma->laps, PV_LAP_IOVA);
     unpin(dma, range);
-    return pv_iova_free(dma->iova, vp, range->pfn);
+    int error = pv_iova_free(dma->iova, vp, range->pfn);
+    pv_lap(dma->laps, PV_LAP_IOVA);
+    return error;
 }
 
 int pv_dma_queue(struct pv_dma *dma, uint32_t vp, uint64_t addr)
@@ -213,6 +236,7 @@ int pv_dma_queue(struct pv_dma *dma, uint32_t vp, uint64_t addr)
 
 int pv_dma_unmap_lazy(struct pv_dma *dma, uint32_t vp, uint64_t addr, uint64_t size)
 {
+    pv_laps_begin(dma->laps);
     struct pv_iova_range *range = live_range(dma, addr, size);
     if (!range || vp >= dma->vps)
         return -EINVAL;

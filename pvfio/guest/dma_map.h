@@ -26,6 +26,7 @@
 
 struct pt_table;
 struct pv_iova;
+struct pv_laps;
 struct pv_dma;
 
 struct pv_dma_stats {
@@ -36,6 +37,8 @@ struct pv_dma_stats {
 /* Borrows all three, which must outlive it. NULL for lack of memory. */
 struct pv_dma *pv_dma_create(struct pv_memory *memory, struct pt_table *table, struct pv_iova *iova, uint32_t vps);
 void pv_dma_destroy(struct pv_dma *dma);
+/* Takes the time of every step from now on; NULL: no more. */
+void pv_dma_set_laps(struct pv_dma *dma, struct pv_laps *laps);
 
 /* Map process memory of one extent, or runs of guest memory (the first one may begin, and the last may end, inside a page;
  * `cookie` goes with the mapping). The DMA address, no byte of its pages above limit, or: -EINVAL size 0, -EFAULT not

@@ -34,13 +34,17 @@ _FULL: int = lib.PV_DMA_QUEUE_FULL
 
 
 class FlushQueue:
-    """The queues of one domain's VPs; ``ptr`` is its ``struct pv_dma *``, ``spawn`` starts the timer's task.
+    """The queues of one domain's VPs; ``ptr`` is its ``struct pv_dma *``, ``spawn`` starts the timer's task,
+    ``flushed`` is called after each flush.
 
     Without ``spawn``, and while the kernel's tasks do not run, only a full queue is flushed. ``flushes`` counts.
     """
 
-    def __init__(self, ptr: Any, domain: PagingDomain, spawn: Spawn | None) -> None:
+    def __init__(
+        self, ptr: Any, domain: PagingDomain, spawn: Spawn | None, flushed: Callable[[], None]
+    ) -> None:
         self._ptr = ptr
+        self._flushed = flushed
         self._domain = domain
         self._spawn = spawn
         self._timer: trio.CancelScope | None = None
@@ -70,6 +74,7 @@ class FlushQueue:
             return False
         self.flushes += 1
         lib.pv_dma_drain(self._ptr)
+        self._flushed()
         return True
 
     def close(self) -> None:

@@ -200,6 +200,16 @@ class IommuGroup:
             raise VfioError(errno.EBUSY, operation, f"in {self.domain}")
         self._set_domain(domain)
 
+    def replace(self, domain: Domain) -> None:
+        """Moves a claimed group from whatever domain it is in to another, each device atomically: no DMA meets a gap.
+
+        Raises ``VfioError`` EPERM for a group nobody claimed, and ``HypercallError`` where a device cannot be moved;
+        all its devices are in the old domain then.
+        """
+        if self.owner is None:
+            raise VfioError(errno.EPERM, f"replace the domain of IOMMU group {self.id}", "not claimed")
+        self._set_domain(domain)
+
     def detach(self) -> None:
         """Moves a claimed group back to blocking; nothing where it is there.
 

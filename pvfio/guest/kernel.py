@@ -23,12 +23,14 @@ from pvfio.abi.hyperv import logical_id_prefix
 from pvfio.errors import HypercallError, IommuError, VfioError
 from pvfio.guest.dma_domain import check_kind
 from pvfio.guest.iommu_group import IommuGroup
+from pvfio.guest.iommufd import IommufdFile
 from pvfio.guest.logical_id import LogicalIdRegistry
 from pvfio.guest.pci import PciDevice, VpciChannel, enumerate_bus
 from pvfio.guest.pviommu import PvIommu
 from pvfio.guest.swiotlb import BouncePool
 from pvfio.guest.transport import HypercallEntry, HypercallTransport
 from pvfio.guest.type1 import LockedMemory, Type1, Type1Limits
+from pvfio.guest.vfio_cdev import CdevFile
 from pvfio.guest.vfio_container import ContainerFile
 from pvfio.guest.vfio_files import FileTable
 from pvfio.guest.vfio_group import GroupFile, VfioGroup
@@ -156,6 +158,7 @@ class GuestKernel:
                     group.close()
                     del self.groups[group.id]
             self.devices.remove(device)
+            self._driver_left(device, None)
         if self._buses.pop(channel.segment, None) is not None:
             self.registry.unregister(channel.segment)
 
@@ -169,14 +172,16 @@ class GuestKernel:
     def bind(self, device: PciDevice, driver: str | None) -> None:
         """Binds a driver by name, or none; "vfio-pci" gives the function to userspace.
 
-        Raises EBUSY while the function is open, or for a driver that wants the group's DMA while VFIO has
-        claimed it; EINVAL for vfio-pci without a group.
+        The function may be making DMA: it stays in the default domain, with what the driver before left mapped,
+        until VFIO claims it. Raises EBUSY while the function is open, or for a driver that wants the group's DMA
+        while VFIO has claimed it; EINVAL for vfio-pci without a group.
         """
-        group = device.iommu_group
+        group, before = device.iommu_group, device.driver
         if group is None:
             if driver == VFIO_PCI:
                 raise VfioError(errno.EINVAL, "bind vfio-pci", "no IOMMU group", device=device.name)
             device.driver = driver
+            self._driver_left(device, before)
             return
         if driver != device.driver and self.vfio.in_use(device):
             raise VfioError(errno.EBUSY, f"bind {driver}", "open in VFIO", device=device.name)
@@ -185,6 +190,7 @@ class GuestKernel:
             self.vfio.add(device)
         else:
             self.vfio.remove(device)
+        self._driver_left(device, before)
 
     async def unbind(self, device: PciDevice) -> None:
         """Takes a function from its driver; from VFIO by asking for it (REQ) until its user closes it.
@@ -205,6 +211,12 @@ class GuestKernel:
             self.iommu.close()
             self.iommu = None
         self.transport.close()
+
+    def _driver_left(self, device: PciDevice, before: str | None) -> None:
+        """What a driver that is gone left mapped is for the checks to find. A function that went has none."""
+        gone = device not in self.devices
+        if (gone or device.driver != before) and self.dma_debug is not None:
+            self.dma_debug.unbound(device.name)
 
     def _leave(self, group: IommuGroup, device: PciDevice) -> None:
         """Out of the group, and of the blocking domain too, so that it can be deleted.
@@ -241,11 +253,12 @@ class GuestKernel:
 
 
 class VfioNamespace:
-    """The VFIO files of the guest: containers, groups, and the devices bound to vfio-pci."""
+    """The VFIO files of the guest: containers, groups, iommufds, and the devices bound to vfio-pci."""
 
     def __init__(self, kernel: GuestKernel) -> None:
         self._kernel = kernel
         self._account = LockedMemory(kernel.limits.memlock)
+        self._user_account = LockedMemory(kernel.limits.memlock)
         self.files = FileTable()
         self.groups: dict[int, VfioGroup] = {}
 
@@ -259,6 +272,17 @@ class VfioNamespace:
         if group is None:
             raise VfioError(errno.ENOENT, f"open group {group_id}", "no such group")
         return group.open()
+
+    def open_iommufd(self) -> IommufdFile:
+        """A new iommufd (/dev/iommu)."""
+        return IommufdFile(self._kernel.memory, self.files, (self._user_account, self._account))
+
+    def open_cdev(self, name: str) -> CdevFile:
+        """Opens a device's own file by the device's name. Raises ENOENT where no such device is bound to vfio-pci."""
+        for group in self.groups.values():
+            if name in group.devices:
+                return CdevFile(group.devices[name], group, self.files)
+        raise VfioError(errno.ENOENT, "open cdev", "no such device", device=name)
 
     def device_file(self, fd: int) -> DeviceFile:
         """The device file of a number. Raises EBADF."""

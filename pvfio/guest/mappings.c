@@ -19,6 +19,7 @@
 #define INNER_MIN 21u
 #define INNER_MERGE 56u
 #define MAX_HEIGHT 16u
+#define PREFETCH_HEIGHT 2u /* a smaller tree is in a cache anyway */
 #define COOKIE_BITS 56u
 #define COOKIE_MASK ((UINT64_C(1) << COOKIE_BITS) - 1)
 
@@ -178,6 +179,18 @@ static const struct entry *entry_after(const struct pv_mappings *m, const struct
     struct path other = *path;
     const struct leaf *leaf = sibling(m, &other, 1);
     return leaf ? &leaf->e[0] : NULL;
+}
+
+void pv_mappings_prefetch(const struct pv_mappings *m, uint64_t iova, uint32_t step)
+{
+    const void *node = m->root;
+    if (m->height < PREFETCH_HEIGHT || (m->near.leaf && iova >= m->near.low && iova <= m->near.high))
+        return;
+    for (uint32_t left = m->height - (step ? 0 : 1); left > 0; left--) {
+        const struct inner *inner = node;
+        node = inner->child[inner_find(inner, iova)];
+    }
+    prefetch(node);
 }
 
 static inline void entry_out(const struct entry *entry, struct pv_mapping *out)

@@ -65,15 +65,15 @@ class Bounce:
 
 
 class BouncePool:
-    """Guest memory for bounce buffers, contiguous, ``size`` bytes. Raises ``MemoryError``."""
+    """Guest memory for bounce buffers, contiguous, ``size`` bytes (a power of two). Raises ``MemoryError``."""
 
     def __init__(self, memory: GuestMemory, size: int = POOL_SIZE) -> None:
         # An alignment above a page: in one piece, or not at all.
         self._buffer: Any = memory.alloc(size, align=2 * _PAGE)
         ((self.gpa, _),) = memory.runs(self._buffer.vaddr, size)
         self.size = size
-        # Page 0 is never handed out.
-        self._pages = IovaDomain(_PAGE, _PAGE + size - 1)
+        # Not from 0, which is never handed out.
+        self._pages = IovaDomain(size, 2 * size - 1)
 
     @property
     def last(self) -> int:
@@ -90,7 +90,10 @@ class BouncePool:
         size = memory.size
         if size > MAX_BOUNCE:
             raise OSError(errno.ENOMEM, f"a bounce buffer of {size} bytes: at most {MAX_BOUNCE}")
-        start = self._pages.alloc(size) - _PAGE
+        try:
+            start = self._pages.alloc(size) - self.size
+        except OSError:
+            raise OSError(errno.ENOMEM, f"no bounce buffer of {size} bytes is free") from None
         whole = -(-size // _PAGE) * _PAGE
         slot = np.asarray(self._buffer[start : start + whole])
         bounce = Bounce(self.gpa + start, slot, memory)
@@ -100,4 +103,4 @@ class BouncePool:
 
     def give(self, bounce: Bounce) -> None:
         """The bounce buffer is free again."""
-        self._pages.free(bounce.gpa - self.gpa + _PAGE)
+        self._pages.free(bounce.gpa - self.gpa + self.size)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from pvfio.guest.type1_domains import Type1Domains
 from pvfio.guest.type1_errors import map_refusal, no_64_bits, unmap_refusal
 from pvfio.guest.type1_ioctl import type1_ioctl
 from pvfio.guest.type1_iova import IovaRange
+from pvfio.guest.type1_limits import LockedMemory, Type1Limits
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
@@ -43,7 +43,6 @@ _MAP_DMA: int = lib.VFIO_IOMMU_MAP_DMA
 _UNMAP_DMA: int = lib.VFIO_IOMMU_UNMAP_DMA
 _UNMAP_ALL: int = lib.VFIO_DMA_UNMAP_FLAG_ALL
 _UNMAP_DIRTY: int = lib.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
-_NO_LIMIT: int = lib.PV_TYPE1_NO_LIMIT
 _BAD_REQUEST: int = lib.PV_TYPE1_BAD_REQUEST
 _TOP = (1 << 64) - 1
 _SPACE = 1 << 64
@@ -58,36 +57,6 @@ _finish = lib.pv_type1_unmap_finish
 
 Words = npt.NDArray[np.uint64]
 """Shape (n,), contiguous: addresses or bytes."""
-
-
-@dataclass(frozen=True)
-class Type1Limits:
-    """``dma_entry_limit``: mappings per container. ``memlock``: RLIMIT_MEMLOCK in bytes, None for no limit."""
-
-    dma_entry_limit: int = 65535
-    memlock: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.dma_entry_limit < 0 or (self.memlock is not None and self.memlock < 0):
-            raise ValueError("limits are not negative")
-
-
-class LockedMemory:
-    """A process's account of pinned memory, in bytes; its containers may share one. ``limit``: None for no limit."""
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.ptr: Any = ffi.new("struct pv_locked *", {"limit": _NO_LIMIT if limit is None else limit})
-
-    @property
-    def limit(self) -> int | None:
-        """The most that may be locked."""
-        limit: int = self.ptr.limit
-        return None if limit == _NO_LIMIT else limit
-
-    @property
-    def locked(self) -> int:
-        """What is locked now."""
-        return int(self.ptr.locked)
 
 
 class Type1:
@@ -147,7 +116,7 @@ class Type1:
             if not error:
                 return 0
             if self._state.reason != _BAD_REQUEST:
-                raise self._map_failed(error, arg.iova, arg.size)
+                raise self._map_failed(error, arg[0].iova, arg[0].size)
             return type1_ioctl(self, request, arg)
         if request == _UNMAP_DMA and not self._unflushed:
             try:
@@ -196,8 +165,8 @@ class Type1:
     def unmap_batch(self, iovas: Words, sizes: Words) -> Words:
         """As ``unmap`` without flags for each element of two contiguous arrays, in order, with one flush per domain.
 
-        Returns the bytes of each. Raises ``VfioBatchError`` for the first element that is refused: those before it are
-        unmapped, those after it are not.
+        Returns the bytes of each. Raises ``VfioBatchError`` for the first element that is refused: those before it
+        are unmapped, those after it are not.
         """
         unmapped, error = self._unmap_arrays(iovas, sizes)
         if error:
@@ -297,8 +266,8 @@ class Type1:
     def detach_group(self, group: IommuGroup) -> None:
         """Moves a group's devices to blocking; with the last group every mapping goes.
 
-        A claim made by ``attach_group`` is released. Raises ``VfioError``: EINVAL for a group that is not attached, or
-        what the host's refusal to block a device means: the group stays attached then.
+        A claim made by ``attach_group`` is released. Raises ``VfioError``: EINVAL for a group that is not attached,
+        or what the host's refusal to block a device means: the group stays attached then.
         """
         try:
             self._carriers.detach(group, self._drop_all)
@@ -316,6 +285,13 @@ class Type1:
             except VfioError as error:
                 _log.warning("group %d: not detached: %s", group.id, error)
         self._drop_all()
+
+    def set_laps(self, laps: Any) -> None:
+        """Lets a ``struct pv_laps *`` take the time of every step of maps and unmaps, until it is None again.
+
+        It must live as long.
+        """
+        self._state.laps = laps or ffi.NULL
 
     def _map_failed(self, error: int, iova: int, size: int) -> VfioError:
         """What to raise for a negative errno of a map; undoes what devices may have seen of it."""

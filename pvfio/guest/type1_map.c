@@ -12,8 +12,11 @@
 #define DEAD 0x80u /* in an entry's flags: cleared, and waiting for the second half of its unmap */
 #define CHUNK 64u
 #define FIRST_ROOM 64u
+#define MANY 8192u /* mappings; where there are fewer, caches hold what a call touches */
+#define VERY_MANY 131072u /* ... beyond a core's own caches */
+#define AHEAD 4u /* elements of a batch between two steps of asking for memory, and the work */
 
-_Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "permissions need no translation");
+_Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "one set of permissions");
 
 static int refuse(struct pv_type1 *t, int error, uint32_t reason, uint64_t where)
 {
@@ -40,6 +43,39 @@ static bool runs_reserve(struct pv_type1 *t, uint64_t count)
     t->runs = more;
     t->run_room = room;
     return true;
+}
+
+static inline void prefetch_tables(const struct pv_type1 *t, uint64_t iova, uint32_t step)
+{
+    for (uint32_t i = 0; i < t->table_count; i++)
+        pt_prefetch(t->tables[i], iova, step);
+}
+
+/* The same for one call: what index and page tables would wait for one after the other, they wait for together. */
+static inline void prefetch_all(const struct pv_type1 *t, uint64_t iova)
+{
+    if (pv_mappings_count(t->mappings) < VERY_MANY)
+        return;
+    pv_mappings_prefetch(t->mappings, iova, 0);
+    prefetch_tables(t, iova, 0);
+    pv_mappings_prefetch(t->mappings, iova, 1);
+    prefetch_tables(t, iova, 1);
+    prefetch_tables(t, iova, 2);
+}
+
+/* The elements of a batch may be anywhere: one after the other would wait for memory each time. */
+static inline void prefetch_ahead(const struct pv_type1 *t, uint64_t i, uint64_t n, const uint64_t *iova)
+{
+    if (pv_mappings_count(t->mappings) < MANY)
+        return;
+    for (uint32_t step = 0; step < 3; step++) {
+        uint64_t at = i + (3 - step) * AHEAD;
+        if (at >= n)
+            continue;
+        prefetch_tables(t, iova[at], step);
+        if (step)
+            pv_mappings_prefetch(t->mappings, iova[at], step - 1);
+    }
 }
 
 /* Map. */
@@ -120,11 +156,15 @@ static void forget(struct pv_type1 *t, const struct pv_mapping *mapping)
     t->dma_avail++;
 }
 
-int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown)
+/* alone: not of a batch, which asks for memory ahead. */
+static inline int map_one(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown,
+                          bool alone)
 {
     uint64_t count;
     *shown = 0;
     pv_laps_begin(t->laps);
+    if (alone)
+        prefetch_all(t, iova);
     int error = check_map(t, iova, vaddr, size, flags);
     if (error)
         return error;
@@ -150,6 +190,11 @@ int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t siz
     return refuse(t, -error, PV_TYPE1_PAGE_TABLE, iova);
 }
 
+int pv_type1_map(struct pv_type1 *t, uint64_t iova, uint64_t vaddr, uint64_t size, uint32_t flags, int *shown)
+{
+    return map_one(t, iova, vaddr, size, flags, shown, true);
+}
+
 int pv_type1_map_request(struct pv_type1 *t, const struct vfio_iommu_type1_dma_map *request, int *shown)
 {
     *shown = 0;
@@ -165,8 +210,10 @@ int pv_type1_map_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, con
 {
     int error = 0, shown = 0;
     uint64_t i = 0;
-    for (; i < n && !error; i++)
-        error = pv_type1_map(t, iova[i], vaddr[i], size[i], flags, &shown);
+    for (; i < n && !error; i++) {
+        prefetch_ahead(t, i, n, iova);
+        error = map_one(t, iova[i], vaddr[i], size[i], flags, &shown, false);
+    }
     *index = error ? i - 1 : n;
     *done = *index + (uint64_t)(error && shown);
     return error;
@@ -269,6 +316,7 @@ static void begin(struct pv_type1 *t)
 int64_t pv_type1_unmap(struct pv_type1 *t, uint64_t iova, uint64_t size)
 {
     begin(t);
+    prefetch_all(t, iova);
     return unmap_one(t, iova, size);
 }
 
@@ -290,6 +338,7 @@ int pv_type1_unmap_batch(struct pv_type1 *t, uint64_t n, const uint64_t *iova, c
 {
     begin(t);
     for (uint64_t i = 0; i < n; i++) {
+        prefetch_ahead(t, i, n, iova);
         int64_t unmapped = unmap_one(t, iova[i], size[i]);
         if (unmapped < 0) {
             *done = i;
@@ -330,6 +379,9 @@ void pv_type1_unmap_finish_batch(struct pv_type1 *t, uint64_t n, const uint64_t 
     struct pv_mapping found;
     pv_laps_begin(t->laps);
     for (uint64_t i = 0; i < n; i++) {
+        for (uint32_t step = 0; step < 2; step++)
+            if (i + (2 - step) * AHEAD < n)
+                pv_mappings_prefetch(t->mappings, iova[i + (2 - step) * AHEAD], step);
         uint64_t last = iova[i] + (size[i] - 1);
         if (pv_mappings_find(t->mappings, iova[i], &found) && found.flags & DEAD && found.iova == iova[i] &&
             found.size == size[i])
@@ -368,7 +420,9 @@ int pv_type1_replay(struct pv_type1 *t, struct pt_table *table)
                     return -ENOMEM;
                 pv_memory_runs(t->memory, found[i].vaddr, found[i].size, t->runs, t->run_room);
             }
-            int error = count < 0 ? (int)count : map_runs(table, found[i].iova, t->runs, (uint64_t)count, found[i].flags, &shown);
+            if (count < 0)
+                return (int)count;
+            int error = map_runs(table, found[i].iova, t->runs, (uint64_t)count, found[i].flags, &shown);
             if (error)
                 return error;
         }

@@ -3,7 +3,9 @@
 Opened by one at a time. A file that is closed while devices of it are open lives on until they are closed;
 then the group leaves its container and can be opened again. Rules and errnos: Linux vfio_main.c.
 
-Not modelled: KVM's reference to a group, device cdevs (iommufd).
+A device of it that is bound to an iommufd through its own file (vfio_cdev.py) keeps the group's file closed.
+
+Not modelled: KVM's reference to a group.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class VfioGroup:
         self.files = files
         self._file: GroupFile | None = None
         self._device_users = 0
+        self._cdev_users = 0
 
     @property
     def id(self) -> int:
@@ -49,7 +52,7 @@ class VfioGroup:
     @property
     def in_use(self) -> bool:
         """Whether its file, or a device of it, is open."""
-        return self._file is not None
+        return self._file is not None or self._cdev_users > 0
 
     def open(self) -> GroupFile:
         """Opens the group's file.
@@ -59,13 +62,23 @@ class VfioGroup:
         """
         if not self.devices:
             raise VfioError(errno.ENODEV, f"open group {self.id}", "no device is bound to vfio-pci")
-        if self._file is not None:
-            raise VfioError(errno.EBUSY, f"open group {self.id}", "it is open")
+        if self._file is not None or self._cdev_users:
+            raise VfioError(errno.EBUSY, f"open group {self.id}", "it, or a device of it, is open")
         if self.container is not None:
             # Its devices could not be blocked when it was closed.
             self.unset_container()
         self._file = GroupFile(self)
         return self._file
+
+    def block(self) -> None:
+        """A device of it is being bound to an iommufd: it cannot be opened until ``unblock``. Raises EBUSY."""
+        if self._file is not None:
+            raise self._error(errno.EBUSY, "BIND_IOMMUFD", "the group is open")
+        self._cdev_users += 1
+
+    def unblock(self) -> None:
+        """The counterpart of ``block``."""
+        self._cdev_users -= 1
 
     def set_container(self, fd: int) -> None:
         """Puts the group into the container of that file number."""

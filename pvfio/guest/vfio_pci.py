@@ -41,7 +41,10 @@ Area = tuple[int, int]
 
 
 class VfioPciDevice:
-    """A function bound to vfio-pci; ``users`` counts its open files. The rest exists while it is open."""
+    """A function bound to vfio-pci; ``users`` counts its open files, ``claimed``: one is bound to an iommufd.
+
+    The rest exists while it is open.
+    """
 
     config: VirtualConfig
     irqs: VfioIrqs
@@ -49,6 +52,7 @@ class VfioPciDevice:
     def __init__(self, pci: PciDevice, spawn: Spawn) -> None:
         self.pci = pci
         self.users = 0
+        self.claimed = False
         self.resettable = pci.has_flr
         self.idle = trio.Event()
         self.idle.set()

@@ -28,4 +28,5 @@ def build_stage2(memory: GuestMemory, config: IommuConfig) -> PageTable:
     for start, size in memory.ram_ranges():
         for gpa in range(start, start + size, block):
             table.map_range(gpa, memory.gpa_to_hpa(gpa), block, Perm.READ | Perm.WRITE)
+    table.release_detached()  # tops that amdv1 has outgrown; nothing walks yet
     return table

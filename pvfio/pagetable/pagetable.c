@@ -259,6 +259,30 @@ int pt_unmap_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_
     return 0;
 }
 
+void pt_prefetch(const struct pt_table *table, uint64_t iova, uint32_t step)
+{
+    const struct pt_node *node = table->root;
+    if (iova > table->input_last || iova > pt_last_of(node->level, 0))
+        return;
+    while (node->level > 2) {
+        node = node->child[pt_index(node->level, iova)];
+        if (node == NULL)
+            return;
+    }
+    if (node->level == 2) {
+        struct pt_node *const *lowest = &node->child[pt_index(2, iova)];
+        if (step == 0)
+            __builtin_prefetch(lowest);
+        if (step == 0 || *lowest == NULL)
+            return;
+        node = *lowest;
+    }
+    if (step == 1)
+        __builtin_prefetch(node, 1);
+    else if (step == 2)
+        __builtin_prefetch((const void *)&node->entries[pt_index(1, iova)], 1);
+}
+
 uint64_t pt_iova_to_phys(const struct pt_table *table, uint64_t iova)
 {
     if (iova > table->input_last || iova > pt_last_of(table->root->level, 0))

@@ -112,6 +112,9 @@ int pt_split_range(struct pt_table *table, uint64_t iova, uint64_t size);
  */
 int pt_merge_range(struct pt_table *table, uint64_t iova, uint64_t size, uint64_t *merged);
 
+/* Asks the processor for what a call about this iova will touch in a large table, and waits for none of it. Each step
+ * needs what the one before has asked for: 0 the way to the lowest node, 1 that node, 2 the entry. */
+void pt_prefetch(const struct pt_table *table, uint64_t iova, uint32_t step);
 /* PT_NONE where nothing is mapped. */
 uint64_t pt_iova_to_phys(const struct pt_table *table, uint64_t iova);
 /* The entries as they are in memory; how many (the last is a leaf, not present, or malformed). */

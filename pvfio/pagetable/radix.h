@@ -268,6 +268,19 @@ PT_INLINE void pt_take(int format, struct pt_node *node, unsigned index, uint64_
     }
 }
 
+/* Clears all replicas of the amdv1 leaf that begins at `index`; how many, 0 where none begins there. Out of line: it is rare
+ * where the rest is a loop of a few instructions. */
+static __attribute__((noinline)) unsigned pt_clear_coded(struct pt_node *node, unsigned index, uint64_t iova,
+                                                         const struct pt_marks *marks)
+{
+    unsigned level = node->level, copies = 1u << (pt_coded_lg2(pt_load(node, index), level) - pt_item_lg2(level));
+    if ((index & (copies - 1)) != 0)
+        return 0;
+    for (unsigned n = 0; n < copies; n++)
+        pt_take(PT_AMDV1, node, index + n, iova, marks);
+    return copies;
+}
+
 /*
  * Clears the leaves of one table from iova on, as far as `end`, to the next child table, or to a leaf that began
  * before iova (*stop). Returns the index it came to.
@@ -286,11 +299,11 @@ PT_INLINE unsigned pt_clear(int format, struct pt_node *node, uint64_t iova, uns
         }
         if (has_children && node->child[i] != NULL)
             break;
-        if (format == PT_AMDV1 && pt_is_coded(entry)) {
-            unsigned copies = 1u << (pt_coded_lg2(entry, level) - item);
-            *stop = (i & (copies - 1)) != 0;
-            for (unsigned n = 0; n < copies && !*stop; n++, cleared++)
-                pt_take(format, node, i++, iova, marks);
+        if (format == PT_AMDV1 && __builtin_expect(pt_is_coded(entry), 0)) {
+            unsigned copies = pt_clear_coded(node, i, iova, marks);
+            *stop = copies == 0;
+            cleared += copies;
+            i += copies;
         } else {
             pt_take(format, node, i++, iova, marks);
             cleared++;

@@ -7,7 +7,10 @@
 
 #include "iommu_private.h"
 
-/* Keeps a completion, unless an Invalidate Request came since the section began: it may be about this one (10.3.3). */
+/*
+ * Keeps a completion, unless an Invalidate Request came since the section began: it may be about this one (10.3.3). The
+ * completion may be the IOTLB's, so it is the announcement after the IOTLB was emptied that counts.
+ */
 static void keep(struct requester *r, uint64_t iova, const struct translation *t)
 {
     struct tlb *tlb = &r->atc.tlb;
@@ -20,8 +23,9 @@ int pv_atc_translate(struct requester *r, uint64_t iova, uint32_t perm, struct p
 {
     struct atc *atc = &r->atc;
     struct translation t;
-    /* Interrupt requests are never translated. */
-    if (pv_is_interrupt(iova) || iova >> IOVA_BITS)
+    /* Interrupt requests are never translated (10.1). */
+    if (pv_is_interrupt(iova) || iova >> IOVA_BITS ||
+        atomic_load_explicit(&r->bus.untranslated, memory_order_relaxed))
         return pv_translate_untranslated(r, iova, perm, span);
     if (tlb_find(&atc->tlb, ATC_TAG, iova, &t.data, &t.lg2) && !(perm & ~t.data)) {
         tlb_bump(&atc->tlb.hits);
@@ -72,6 +76,8 @@ void pv_atc_invalidate(struct requester *r, uint64_t range)
         return;
     }
     atomic_fetch_add_explicit(&atc->tlb.invalidations, 1, memory_order_relaxed);
+    /* Announced again: a section that began after the first time may still have found an entry the IOTLB had then. */
+    atomic_fetch_add(&r->tlb.sequence, 1);
     unsigned lg2 = ats_range_lg2(range), unit = atomic_load(&atc->lg2);
     if (lg2 < unit) /* the function knows nothing smaller */
         lg2 = unit;

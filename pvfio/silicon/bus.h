@@ -42,6 +42,8 @@ struct pv_bus {
     _Atomic uint32_t references; /* the creator's, and one of every engine and MSI-X table that holds it */
     /* Not zero: operations end with -ECANCELED at the next section (reset, abort, surprise removal). */
     _Atomic uint32_t cancel;
+    /* Not zero: requests go untranslated although ATS is on. The device's engine says so, of the work it does next. */
+    _Atomic uint32_t untranslated;
 };
 
 /* Called for every piece of a range, inside a section; not zero ends the walk with that value. */

@@ -232,7 +232,7 @@ class Iommu:
         return Requester(self, device_id)
 
     def invalidate_stage2(self) -> None:
-        """Forgets every translation of every domain; returns when no DMA uses one from before. For changes of stage 2."""
+        """Forgets all translations of all domains; returns when no DMA uses one from before. For changes of stage 2."""
         lib.pv_iommu_invalidate_stage2(self.ptr)
 
     def faults(self) -> list[Fault]:

@@ -10,6 +10,7 @@ from pvfio.vfio.backend import Backend
 from pvfio.vfio.container import Container, IommuInfo, MigrationInfo, UnmapMismatch
 from pvfio.vfio.device import Device, DeviceInfo
 from pvfio.vfio.group import Group, GroupStatus
+from pvfio.vfio.iommufd import HwInfo, Hwpt, Ioas, Iommufd, IommufdDevice
 from pvfio.vfio.iova import IovaAllocator
 from pvfio.vfio.irq import Irq
 from pvfio.vfio.region import Region
@@ -23,7 +24,12 @@ __all__ = [
     "DmaBuffer",
     "Group",
     "GroupStatus",
+    "HwInfo",
+    "Hwpt",
+    "Ioas",
     "IommuInfo",
+    "Iommufd",
+    "IommufdDevice",
     "IovaAllocator",
     "Irq",
     "MigrationInfo",

@@ -372,11 +372,12 @@ class IoctlIrq(Irq):
 class IoctlDevice(Device):
     """A device file."""
 
-    def __init__(self, name: str, file: KernelDeviceFile, container: Container) -> None:
+    def __init__(self, name: str, file: KernelDeviceFile, container: Container | None) -> None:
         info, _ = _query(file, lib.VFIO_DEVICE_GET_INFO, "vfio_device_info")
         self.name = name
         self.file = file
-        self.container = container
+        if container is not None:
+            self.container = container
         self.info = DeviceInfo(info.flags, info.num_regions, info.num_irqs)
         self._regions: dict[int, IoctlRegion] = {}
         self._irqs: dict[int, IoctlIrq] = {}

@@ -163,7 +163,7 @@ async def measure(
 ) -> MapResult:
     """Runs a task for each of ``mappers`` for ``seconds``, at least one mapping each.
 
-    Task i runs inside ``on_vp(i)``. ``progress`` gets the seconds gone, now and then. A map or unmap that raises
+    Task i runs inside ``on_vp(i)``. ``progress`` gets the seconds gone, now and then and in the end. A map or unmap that raises
     ends the run with that. Cancelled, or ended: mappings may stay behind.
     """
     end = time.perf_counter_ns() + int(seconds * 1e9)
@@ -200,6 +200,8 @@ async def _together(
                     workers.start_soon(job, *arguments)
             beside.cancel_scope.cancel()
     whole = MapResult(seconds=time.perf_counter() - began)
+    if progress is not None:
+        progress(whole.seconds)
     for result in results:
         whole.merge(result)
     return whole

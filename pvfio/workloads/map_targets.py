@@ -16,16 +16,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from pvfio.abi import ffi, lib
 from pvfio.workloads.dma_map_benchmark import PAGE, MapParams, Mapper, MapResult, measure, measure_loops
 
 if TYPE_CHECKING:
+    from pvfio.guest.dma_api import DmaDevice
     from pvfio.pagetable import PageTable
-    from pvfio.vfio import Container
+    from pvfio.vfio import Container, DmaBuffer
 
-__all__ = ["Layout", "TableTarget", "Target", "VfioTarget", "lay_out"]
+__all__ = ["DmaTarget", "Layout", "TableTarget", "Target", "VfioTarget", "lay_out"]
 
 _HOLES = 1024  # at most so many, but one a thread at least
 _LARGE = 2 << 20
@@ -35,6 +38,7 @@ _READ, _WRITE = lib.PT_READ, lib.PT_WRITE
 _PERMS = (_READ | _WRITE, _READ, _WRITE)
 
 Progress = Callable[[int], None]
+Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +88,16 @@ def lay_out(ranges: Sequence[tuple[int, int]], live: int, threads: int, size: in
 
 
 class Target(ABC):
-    """Something to benchmark: ``prepare``, ``measure`` as often as wanted, ``clear``, and again."""
+    """Something to benchmark: ``prepare``, ``measure``, as often as wanted, and ``clear`` in the end."""
 
     clock_in_c = False
     """Whether the clock is read by the loop in C."""
+    mappers: Sequence[Mapper] = ()
+    """How each thread maps, where Python does it."""
 
     @abstractmethod
     async def prepare(self, live: int, progress: Progress) -> None:
-        """Sets up that many live mappings and the threads' places; ``progress`` gets how many came."""
+        """Sets up the threads' places beside exactly that many live mappings; ``progress`` gets how many came."""
 
     @abstractmethod
     async def measure(self, seconds: float, progress: Callable[[float], None] | None = None) -> MapResult:
@@ -117,7 +123,7 @@ class VfioTarget(Target):
         self.container = container
         self.params = params
         self.on_vp = on_vp
-        self.mappers: list[Mapper] = []
+        self.mappers = []
         self._page: Any = None
         self._buffers: list[Any] = []
 
@@ -129,6 +135,7 @@ class VfioTarget(Target):
             (first, min(last, top)) for first, last in container.info().iova_ranges if first <= min(last, top)
         ]
         layout = lay_out(ranges, live, params.threads, params.size)
+        await self.clear()
         if not self._buffers:
             align = alignment(params.size)
             self._page = await container.alloc(PAGE, map=False)
@@ -138,10 +145,9 @@ class VfioTarget(Target):
         for first, pages in layout.live:
             for start in range(0, pages, _CHUNK):
                 count = min(_CHUNK, pages - start)
-                for number in range(start, start + count):
-                    container.map_dma_nowait(first + number * PAGE, self._page)
+                iovas = first + (start + np.arange(count, dtype=np.uint64)) * np.uint64(PAGE)
+                await container.map_dma_batch(iovas, np.full(count, self._page.vaddr, np.uint64), PAGE)
                 progress(count)
-                await trio.lowlevel.checkpoint()
         self.mappers = [
             self._mapper(buffer, holes) for buffer, holes in zip(self._buffers, layout.holes, strict=True)
         ]
@@ -150,23 +156,29 @@ class VfioTarget(Target):
         params = self.params
         read, write = bool(_PERMS[params.dir] & _READ), bool(_PERMS[params.dir] & _WRITE)
         fill = buffer.fill if params.dir != 2 else None
-        map_one, unmap_one = self.container.map_dma_nowait, self.container.unmap_dma_nowait
-        size = params.size
+        map_one, unmap = self.container.map_dma_nowait, self.container.unmap_dma_nowait
+        map_batch, size = self.container.map_dma_batch_nowait, params.size
 
-        def single(iova: int) -> None:
-            map_one(iova, buffer, read=read, write=write)
+        def unmap_one(iova: int, _: None) -> None:
+            unmap(iova, size)
 
-        pages = [buffer[i : i + PAGE] for i in range(0, size, PAGE)]
+        if params.mode == "single":
 
-        def several(iova: int) -> None:
-            for page in pages:
-                map_one(iova, page, read=read, write=write)
-                iova += PAGE
+            def single(iova: int) -> None:
+                map_one(iova, buffer, read=read, write=write)
 
-        def unmap(iova: int, _: None) -> None:
-            unmap_one(iova, size)
+            return Mapper(holes, single, unmap_one, fill)
 
-        return Mapper(holes, single if params.mode == "single" else several, unmap, fill)
+        offsets = np.arange(0, size, PAGE, dtype=np.uint64)
+        pages = np.uint64(buffer.vaddr) + offsets
+
+        def several(iovas: Words) -> None:
+            map_batch(iovas, pages, PAGE, read=read, write=write)
+
+        def unmap_several(iovas: Words, _: None) -> None:
+            unmap(int(iovas[0]), size)
+
+        return Mapper([np.uint64(hole) + offsets for hole in holes], several, unmap_several, fill)
 
     async def measure(self, seconds: float, progress: Callable[[float], None] | None = None) -> MapResult:
         return await measure(
@@ -175,6 +187,79 @@ class VfioTarget(Target):
 
     async def clear(self) -> None:
         await self.container.unmap_all()
+
+
+class DmaTarget(Target):
+    """A device of the kernel: the DMA API. Mode "sg" maps a scatter list of single pages.
+
+    ``buffer(size, align)`` makes memory. ``on_vp`` puts a task on a thread's VP. The device keeps the mask.
+    """
+
+    def __init__(
+        self,
+        device: DmaDevice,
+        params: MapParams,
+        buffer: Callable[[int, int], DmaBuffer],
+        on_vp: Callable[[int], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self.device = device
+        self.params = params
+        self.on_vp = on_vp
+        device.set_mask(params.bits)
+        self._page = buffer(PAGE, PAGE)
+        align = alignment(params.size)
+        self.mappers = [self._mapper(buffer(params.size, align)) for _ in range(params.threads)]
+        self._live: list[int] = []
+
+    async def prepare(self, live: int, progress: Progress) -> None:
+        """Raises ``DmaMappingError``: ENOMEM where the mask leaves no room or there is no memory for tables."""
+        device, page, done = self.device, self._page, self._live
+        await self._keep(live)
+        while len(done) < live:
+            count = min(_CHUNK, live - len(done))
+            done.extend([device.map_single(page, 0) for _ in range(count)])
+            progress(count)
+            await trio.lowlevel.checkpoint()
+
+    def _mapper(self, buffer: DmaBuffer) -> Mapper:
+        device, size, direction = self.device, self.params.size, self.params.dir
+        fill = buffer.fill if direction != 2 else None
+        if self.params.mode == "single":
+            map_single, unmap_single = device.map_single, device.unmap_single
+
+            def single(_: None) -> int:
+                return map_single(buffer, direction)
+
+            def unmap_one(_: None, address: int) -> None:
+                unmap_single(address, size, direction)
+
+            return Mapper((None,), single, unmap_one, fill)
+        map_sg, unmap_sg = device.map_sg, device.unmap_sg
+        entries: list[Any] = [buffer[start : start + PAGE] for start in range(0, size, PAGE)]
+
+        def several(_: None) -> Any:
+            return map_sg(entries, direction)
+
+        def unmap_several(_: None, mapped: Any) -> None:
+            unmap_sg(mapped, direction)
+
+        return Mapper((None,), several, unmap_several, fill)
+
+    async def measure(self, seconds: float, progress: Callable[[float], None] | None = None) -> MapResult:
+        return await measure(
+            self.mappers, seconds=seconds, xdelay=self.params.xdelay, progress=progress, on_vp=self.on_vp
+        )
+
+    async def clear(self) -> None:
+        await self._keep(0)
+
+    async def _keep(self, most: int) -> None:
+        """Takes live mappings away until no more than so many are left."""
+        unmap, live = self.device.unmap_single, self._live
+        while len(live) > most:
+            for _ in range(min(_CHUNK, len(live) - most)):
+                unmap(live.pop(), PAGE, 0)
+            await trio.lowlevel.checkpoint()
 
 
 class TableTarget(Target):
@@ -198,6 +283,7 @@ class TableTarget(Target):
         """Raises ``ValueError`` where the mask leaves no room, ``MemoryError`` without memory for the tables."""
         params = self.params
         top = min(1 << params.bits, 1 << 48) - 1
+        await self.clear()
         self._layout = lay_out([(0, top)], live, len(self.tables), params.size)
         for table in self.tables:
             for first, pages in self._layout.live:

@@ -12,7 +12,7 @@ from pvfio.abi import lib
 from pvfio.errors import VfioError
 from pvfio.vfio import UnmapMismatch
 
-pytestmark = pytest.mark.touches_c
+pytestmark = [pytest.mark.touches_c, pytest.mark.every_shape]
 
 PAGE = 4096
 BASE = 0x40_0000

@@ -9,7 +9,9 @@ import pytest
 
 from pvfio.abi import lib
 from pvfio.devices.rogue import RogueDevice
-from pvfio.silicon import TableBus
+from pvfio.memory import GuestMemory
+from pvfio.pagetable import Format
+from pvfio.silicon import Iommu, TableBus
 
 pytestmark = pytest.mark.touches_c
 
@@ -103,3 +105,24 @@ def test_what_it_refuses(rig: Rig) -> None:
     rig.device.write(0, 0x08, 4, 0)
     assert rig.device.read(0, 0x08, 8) == 8
     assert rig.device.read(0, 0x100, 8) == 0
+
+
+def test_a_fault_log_that_fills_faster_than_it_is_read() -> None:
+    """Taking the faults ends, with no more of them than the log has room for; the rest is counted."""
+    memory = GuestMemory(16 << 20)
+    iommu = Iommu(memory, Format.VTDSS, 0, 4)
+    requester = iommu.requester(1)
+    device = RogueDevice(requester, log_shift=4)
+    device.config_write(lib.PCI_COMMAND, 2, lib.PCI_COMMAND_MEMORY)
+    try:
+        device.aim(WINDOW, 4096)
+        taken = 0
+        while not iommu.lost_faults or taken < 5 * lib.PV_FAULT_ROOM:
+            faults = iommu.faults()
+            assert len(faults) <= lib.PV_FAULT_ROOM
+            taken += len(faults)
+        device.aim(0, 0)
+        taken += len(iommu.faults())
+        assert taken + iommu.lost_faults == device.stats().aborted
+    finally:
+        device.close()

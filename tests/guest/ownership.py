@@ -43,9 +43,14 @@ class Watch:
 
     def begin(self) -> int:
         """Where ``end`` begins to check. What the window does not lead to has stayed empty since the last check."""
-        for name, place in self.places.items():
-            assert name == self.at or not place.any(), f"a write landed in {name}, which is out of reach"
-        since = self.rogue.stats().next
+        # Held for a moment, so that no write is half counted.
+        self.rogue.engine.pause()
+        try:
+            for name, place in self.places.items():
+                assert name == self.at or not place.any(), f"a write landed in {name}, which is out of reach"
+            since = self.rogue.stats().next
+        finally:
+            self.rogue.engine.unpause()
         self.run()
         return since
 

@@ -6,10 +6,11 @@ import errno
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pvfio.abi import lib
-from pvfio.errors import VfioError
+from pvfio.errors import VfioBatchError, VfioError
 from pvfio.guest.pviommu import ReservedRegion
 from pvfio.guest.type1 import Type1
 from pvfio.guest.type1_iova import gaps, usable_ranges
@@ -347,6 +348,35 @@ def test_an_interrupted_flush_keeps_the_memory_until_a_flush_has_been_made(
         type1_machine.buses[0].read(0, 1)
     type1.map(0, buffer.vaddr, PAGE, 3)
     assert type1.unmap(0, PAGE) == PAGE
+
+
+def test_an_interrupted_flush_of_a_batch_keeps_the_memory(type1_machine: Any) -> None:
+    type1 = type1_machine.type1()
+    buffer = type1_machine.memory.alloc(PAGE)
+    iovas, sizes = 3 * PAGE * np.arange(5, dtype=np.uint64), np.full(5, PAGE, np.uint64)
+    type1.map_batch(iovas, np.full(5, buffer.vaddr, np.uint64), sizes, 3)
+    type1_machine.interrupt = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        type1.unmap_batch(iovas[1:4], sizes[1:4])
+    assert (len(type1), type1_machine.memory.stats().pins) == (5, 5)
+    flushes = type1_machine.flushes()
+    assert type1.unmap_batch(iovas, sizes).tolist() == sizes.tolist()
+    assert type1_machine.flushes() == flushes + 2
+    assert (len(type1), type1_machine.memory.stats().pins) == (0, 0)
+
+
+def test_a_batch_that_a_second_domain_refuses_is_undone_in_both(type1_machine: Any) -> None:
+    type1 = own_domains(type1_machine)
+    before = type1_machine.memory.stats().pins, type1.dma_avail, type1.account.locked
+    type1.domains[1].map(0x9000, type1_machine.memory.guest_page(), PAGE, 3)
+    buffer = type1_machine.memory.alloc(PAGE)
+    iovas = np.array([0x7000, 0x8000, 0x9000, 0xA000], np.uint64)
+    with pytest.raises(VfioBatchError) as caught:
+        type1.map_batch(iovas, np.full(4, buffer.vaddr, np.uint64), np.full(4, PAGE, np.uint64), 3)
+    assert (caught.value.errno, caught.value.index) == (errno.EADDRINUSE, 2)
+    assert (type1_machine.memory.stats().pins, type1.dma_avail, type1.account.locked) == before
+    for domain in type1.domains:
+        assert [domain.iova_to_phys(int(iova)) for iova in iovas] == [None] * 4
 
 
 RANGES: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]], tuple[tuple[int, int], ...]]] = {

@@ -246,6 +246,23 @@ def test_every_mapped_page_is_dirty_each_time(tracked: Tracked) -> None:
         assert tracked.bits() == tracked.expected
 
 
+def test_all_that_is_pinned_is_dirty_whatever_a_device_may_do(tracked: Tracked) -> None:
+    """Mappings for reading only, and those made while tracking runs; started twice or not, as Linux."""
+    tracked.type1.ioctl(lib.VFIO_IOMMU_DIRTY_PAGES, dirty_request(START))
+    tracked.type1.map(100 * PAGE, tracked.buffer.vaddr, 3 * PAGE, lib.VFIO_DMA_MAP_FLAG_READ)
+    asked = (0, 128 * PAGE, bitmap_of(tracked.words, 16))
+    assert tracked.type1.ioctl(lib.VFIO_IOMMU_DIRTY_PAGES, dirty_request(GET, asked=asked)) == 0
+    assert tracked.bits() == {*tracked.expected, 100, 101, 102}
+
+
+def test_whole_words_of_the_bitmap_are_written(tracked: Tracked) -> None:
+    """As Linux: bits below a mapping's first page in its word are kept, those above its last become 0."""
+    ffi.buffer(tracked.words)[:] = b"\xff" * 32
+    asked = (0, 128 * PAGE, bitmap_of(tracked.words, 16))
+    assert tracked.type1.ioctl(lib.VFIO_IOMMU_DIRTY_PAGES, dirty_request(GET, asked=asked)) == 0
+    assert tracked.bits() == {0, 1, 2, *tracked.expected, *range(128, 256)}
+
+
 def test_unmap_reports_dirty_pages(tracked: Tracked) -> None:
     bitmap = bitmap_of(tracked.words, 32)
     request = unmap_request(PAGE, 80 * PAGE, DIRTY, 48, bitmap)

@@ -7,13 +7,14 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from pvfio.abi import lib
-from pvfio.errors import VfioError
+from pvfio.errors import VfioBatchError, VfioError
 from pvfio.guest.type1 import Type1
 
 pytestmark = pytest.mark.touches_c
@@ -94,6 +95,63 @@ class Type1AgainstDict(RuleBasedStateMachine):
             assert caught.value.errno == errno.EINVAL
             return
         assert self.type1.unmap(start, size) == sum(self.model.pop(iova)[0] for iova in found)
+
+    @rule(
+        window=st.sampled_from(WINDOWS),
+        requests=st.lists(
+            st.tuples(st.integers(0, 1100), st.sampled_from([1, 1, 2, 5, 40]), st.integers(0, 1)),
+            min_size=1,
+            max_size=8,
+        ),
+    )
+    def map_batch(self, window: int, requests: list[tuple[int, int, int]]) -> None:
+        """All or nothing: the model takes one after the other, and forgets them where one is refused."""
+        taken = dict(self.model)
+        refused: tuple[int, int] | None = None
+        triples = []
+        for index, (page, pages, buffer) in enumerate(requests):
+            iova, size, memory = window + page * PAGE, pages * PAGE, self.buffers[buffer]
+            triples.append((iova, memory.vaddr, size))
+            expected = self.expected_errno(iova, size, size <= len(memory))
+            if expected and refused is None:
+                refused = expected, index
+            if refused is None:
+                self.model[iova] = (size, memory.vaddr)
+        iovas, vaddrs, sizes = (np.array(column, np.uint64) for column in zip(*triples, strict=True))
+        if refused is None:
+            self.type1.map_batch(iovas, vaddrs, sizes, 3)
+            return
+        self.model = taken
+        with pytest.raises(VfioBatchError) as caught:
+            self.type1.map_batch(iovas, vaddrs, sizes, 3)
+        assert (caught.value.errno, caught.value.index) == refused
+
+    @rule(data=st.data(), grow=st.lists(st.integers(-1, 3), min_size=1, max_size=6))
+    def unmap_batch(self, data: st.DataObject, grow: list[int]) -> None:
+        """In order, up to the first that would split a mapping."""
+        if not self.model:
+            return
+        flushes = self.machine.flushes()
+        ranges, expected = [], []
+        refused = False
+        for more in grow:
+            at = data.draw(st.sampled_from(sorted(self.model)), label="at") if self.model else 0
+            size = max(1, self.model.get(at, (PAGE, 0))[0] // PAGE + more) * PAGE
+            ranges.append((at, size))
+            found = self.overlapping(at, size)
+            refused = any(iova < at or iova + self.model[iova][0] > at + size for iova in found)
+            if refused:
+                break
+            expected.append(sum(self.model.pop(iova)[0] for iova in found))
+        iovas, sizes = (np.array(column, np.uint64) for column in zip(*ranges, strict=True))
+        if refused:
+            with pytest.raises(VfioBatchError) as caught:
+                self.type1.unmap_batch(iovas, sizes)
+            assert (caught.value.errno, caught.value.index) == (errno.EINVAL, len(expected))
+            assert caught.value.unmapped.tolist() == expected
+        else:
+            assert self.type1.unmap_batch(iovas, sizes).tolist() == expected
+        assert self.machine.flushes() - flushes == (len(self.type1.domains) if any(expected) else 0)
 
     @rule()
     def unmap_all(self) -> None:

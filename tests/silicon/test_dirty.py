@@ -130,3 +130,19 @@ def test_split_leaves_are_marked_alone(rig: Any, identity: Any) -> None:
     rig.iommu.invalidate_stage2()
     assert rig.stage2.release_detached() == 1
     assert requester.walk(BLOCK_SIZE, READ).hpa == rig.memory.gpa_to_hpa(BLOCK_SIZE)
+
+
+def test_a_device_tlb_lets_no_write_pass_unmarked_either(rig: Any, identity: Any) -> None:
+    rig.stage2.split_range(0, rig.memory.size)
+    requester = rig.requester(identity)
+    requester.allow_ats(True)
+    requester.set_ats(True)
+    requester.read(BLOCK_SIZE, 8)
+    assert marks(rig, BLOCK_SIZE) == (True, False)
+    for _ in range(3):
+        requester.write(BLOCK_SIZE, b"x")
+        requester.write(BLOCK_SIZE, b"y")
+        assert np.flatnonzero(rig.stage2.read_clear_dirty(0, rig.memory.size)).tolist() == [PAGES]
+        rig.iommu.invalidate_stage2()
+        assert requester.atc_stats().entries == 0
+    assert requester.atc_stats().hits > 0

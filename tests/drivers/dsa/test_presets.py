@@ -87,3 +87,23 @@ async def test_a_wq_limited_to_some_operations(running: Any) -> None:
         with pytest.raises(ValueError, match=message):
             async with running(config=config, wqs=(WqConfig(operations=operations),)):
                 pass
+
+
+async def test_a_work_queue_without_ats(running: Any, kind: tuple[str, str]) -> None:
+    """Its accesses go by the IOTLB, those of its neighbour by the device's own cache."""
+    wqs = (WqConfig(), WqConfig(ats=False))
+    async with running(*kind, config=DsaConfig(wq_ats=True), wqs=wqs) as r:
+        target, bus = await r.container.alloc(4096), r.function.bus
+        for pattern in (1, 2):
+            await r.dsa.wq(1).fill(target, pattern, 4096)
+            assert (target.view(np.uint64) == pattern).all()
+        assert (bus.atc_stats().requests, bus.atc_stats().entries) == (0, 0)
+        assert bus.tlb_stats().hits > 0
+        await r.dsa.wq(0).fill(target, 3, 4096)
+        assert bus.atc_stats().entries > 0
+        before = bus.atc_stats()
+        await r.dsa.wq(1).fill(target, 4, 4096)
+        assert bus.atc_stats() == before
+    with pytest.raises(ValueError, match="does not disable ATS"):
+        async with running(config=DsaConfig(), wqs=(WqConfig(ats=False),)):
+            pass
