@@ -797,6 +797,7 @@ struct nvme_sanitize_log {
 #define NVME_SC_COMPARE_FAILED 0x285
 #define NVME_SC_ACCESS_DENIED 0x286
 #define NVME_SC_UNWRITTEN_BLOCK 0x287
+#define NVME_SC_HOST_ABORTED_CMD 0x371 /* by the host itself: no completion tells it */
 #define NVME_SC_MASK 0x7ff
 #define NVME_STATUS_MORE 0x2000
 #define NVME_STATUS_DNR 0x4000

@@ -101,3 +101,18 @@ uint64_t pv_wait_bytes(const void *first, int64_t stride, uint64_t n, uint8_t ma
         ready += (__atomic_load_n(byte + (int64_t)i * stride, __ATOMIC_ACQUIRE) & mask) != 0;
     return ready;
 }
+
+uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint8_t wanted, uint64_t least,
+                     uint64_t timeout_ns)
+{
+    struct pace pace = {.timeout = timeout_ns};
+    const uint8_t *byte = first;
+    uint64_t done = 0;
+    do {
+        while (done < n && (__atomic_load_n(byte + (int64_t)done * stride, __ATOMIC_ACQUIRE) & mask) == wanted)
+            done++;
+        if (done >= least || done == n)
+            break;
+    } while (pace_step(&pace));
+    return done;
+}

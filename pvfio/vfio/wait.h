@@ -18,6 +18,10 @@ int pv_wait_word(const void *addr, uint32_t size, uint64_t mask, uint64_t wanted
                  uint64_t *value);
 /* Until all of n bytes, `stride` apart, have a bit of mask set. How many do: n, or fewer when time is up. */
 uint64_t pv_wait_bytes(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint64_t timeout_ns);
+/* Entries that a device writes in order, n of them `stride` apart: how many, from the first on, have (byte & mask) == wanted.
+   Waits while that is fewer than `least` (and n). */
+uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint8_t wanted, uint64_t least,
+                     uint64_t timeout_ns);
 /* cffi: end */
 
 #endif

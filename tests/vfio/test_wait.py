@@ -153,3 +153,21 @@ async def test_a_wait_can_be_cancelled() -> None:
     with trio.move_on_after(0.01) as scope:
         await wait_records(np.zeros(1, np.uint8), deadline=1000)
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_run_of_phase_bits(wanted: int) -> None:
+    entries = np.full((6, 16), wanted ^ 1, np.uint8)
+    first = ffi.cast("uint8_t *", ffi.from_buffer(entries)) + 14
+
+    def run(count: int, least: int = 1) -> int:
+        return int(lib.pv_wait_run(first, 16, count, 1, wanted, least, 1000))
+
+    assert run(6) == 0
+    entries[:2, 14] ^= 1
+    entries[3, 14] ^= 1
+    assert run(6) == run(6, least=6) == 2
+    assert run(1) == 1
+    assert run(0) == 0
+    entries[2, 14] = wanted | 0xFE
+    assert run(6) == 4

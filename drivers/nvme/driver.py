@@ -1,0 +1,122 @@
+"""The driver of one NVMe controller: what a program uses.
+
+It owns the whole function and uses MSI-X vector 0 for the admin queue and one vector for each I/O queue that is not
+polled. Not here: fabrics, several controllers of one subsystem, host memory buffers, shadow doorbells, power
+management, reservations.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+import trio
+
+from pvfio.abi import lib
+from pvfio.drivers.nvme.identify import Namespace, parse_list, parse_namespace
+from pvfio.drivers.nvme.queue import COMPLETIONS, Completion
+from pvfio.drivers.nvme.recovery import Controller
+from pvfio.errors import DeviceFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pvfio.vfio import Device, DmaBuffer
+
+__all__ = ["NvmeDriver"]
+
+_LIST_LENGTH: Final = 1024
+
+
+class NvmeDriver(Controller):
+    """A controller, ready to work inside ``async with NvmeDriver(device) as nvme``.
+
+    ``device`` is an open VFIO device; it stays the caller's. ``queues``: how many I/O queues to ask for; the
+    controller may grant fewer. ``entries`` in each, ``completion`` how they learn that commands are complete, one for
+    all or a sequence with one for each. ``deadline`` is how long, in seconds, a command may take unless it says
+    otherwise, ``grace`` how long a cancelled one may still take before it is aborted, ``admin_deadline`` how long one
+    of the driver's own may take. ``sgl=False``: PRPs, also where the controller takes SGLs.
+
+    ``controller``: what it says of itself; ``namespaces``: those that are active, by number; ``queues``: the I/O
+    queues; ``admin``: the admin queue. Entering raises ``ValueError``, ``DeviceFailed`` for a device that is no NVMe
+    controller or does not become ready, ``NvmeError`` for a command it refuses. Cancelled while entering or leaving:
+    the controller is left disabled.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        queues: int = 1,
+        entries: int = 256,
+        completion: Completion | Sequence[Completion] = "hybrid",
+        deadline: float = 5.0,
+        grace: float = 1.0,
+        admin_deadline: float = 2.0,
+        sgl: bool = True,
+    ) -> None:
+        completions = (completion,) * queues if isinstance(completion, str) else tuple(completion)
+        if not 1 <= queues <= 0xFFFF or not completions:
+            raise ValueError(f"1 to 65535 I/O queues, not {queues}")
+        if not set(completions) <= set(COMPLETIONS):
+            raise ValueError(f"completion is one of {', '.join(COMPLETIONS)}, not {completion!r}")
+        if not 2 <= entries <= 1 << 16:
+            raise ValueError(f"a queue has 2 to 65536 entries, not {entries}")
+        super().__init__(device, completions, entries, deadline, grace, admin_deadline, sgl)
+
+    async def __aenter__(self) -> Self:
+        identity = await self.device.config.read(8, 4)
+        if identity >> 8 != lib.NVME_PCI_CLASS:
+            raise DeviceFailed(self.name, f"class {identity >> 8:06x} is not an NVMe controller")
+        try:
+            await self._start()
+            await self.rescan()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with trio.CancelScope(shield=True):
+            await self._stop()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def rescan(self) -> dict[int, Namespace]:
+        """Looks for active namespaces again (NVMe Base 2.0c 5.17.2.3); they are in ``namespaces`` afterwards.
+
+        Cancelled: what was known before stays.
+        """
+        found: dict[int, Namespace] = {}
+        last = 0
+        while True:
+            numbers = parse_list(await self.admin.identify(lib.NVME_ID_CNS_NS_ACTIVE_LIST, last))
+            for nsid in numbers:
+                namespace = parse_namespace(nsid, await self.admin.identify(lib.NVME_ID_CNS_NS, nsid))
+                if namespace is not None:
+                    found[nsid] = namespace
+            if len(numbers) < _LIST_LENGTH:
+                break
+            last = numbers[-1]
+        self.namespaces = found
+        for queue in self.queues:
+            queue._templates.clear()
+        return found
+
+    # On the first queue
+
+    async def read(self, nsid: int, lba: int, buffer: DmaBuffer, *, deadline: float | None = None) -> None:
+        """``QueuePair.read`` on the first I/O queue."""
+        await self.queues[0].read(nsid, lba, buffer, deadline=deadline)
+
+    async def write(
+        self, nsid: int, lba: int, buffer: DmaBuffer, *, fua: bool = False, deadline: float | None = None
+    ) -> None:
+        """``QueuePair.write`` on the first I/O queue."""
+        await self.queues[0].write(nsid, lba, buffer, fua=fua, deadline=deadline)
+
+    async def flush(self, nsid: int | None = None, *, deadline: float | None = None) -> None:
+        """``QueuePair.flush`` on the first I/O queue."""
+        await self.queues[0].flush(nsid, deadline=deadline)

@@ -1,0 +1,358 @@
+"""A pair of queues with tasks that wait for its commands: one command at a time, waiting, taking back.
+
+What the admin queue (admin.py) and the I/O queues (qpair.py) have in common. Completion is learned of by looking at
+the completion queue (polled), by its interrupt, or by looking for some microseconds and then by interrupt (hybrid).
+One task that waits for the interrupt does so for all.
+
+While anything is waited for, the controller's status is looked at now and then: a removed or failed controller does
+not have to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import numpy as np
+import trio
+
+from pvfio.abi import lib
+from pvfio.drivers.nvme.errors import NvmeError, OperationAborted
+from pvfio.drivers.nvme.ring import Completions, Ring
+from pvfio.drivers.nvme.sqe import Sqe
+from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pvfio.drivers.nvme.recovery import Controller
+    from pvfio.vfio import Irq
+
+__all__ = ["COMPLETIONS", "Command", "CommandQueue", "Completion", "now"]
+
+COMPLETIONS: Final = ("polled", "interrupt", "hybrid")
+_SPIN_NS: Final = 20_000
+_EAGER_ROUNDS: Final = 32  # polls between which other tasks run, before sleeping between them
+_FIRST_NAP: Final = 20e-6
+_LONGEST_NAP: Final = 1e-3
+_LIVENESS: Final = 0.05  # seconds between looks at the controller's status, while something is waited for
+_ABORTED: Final[int] = lib.NVME_SC_HOST_ABORTED_CMD
+
+Completion: TypeAlias = Literal["polled", "interrupt", "hybrid"]
+"""How a queue learns that commands are complete."""
+
+
+def now() -> int:
+    """trio's time in nanoseconds, never 0."""
+    return int(trio.current_time() * 1e9) + 1
+
+
+class Command:
+    """A command that a task waits for. ``status`` and ``result`` are valid when ``done``; ``aborted``: why the
+    controller will not complete it any more.
+    """
+
+    __slots__ = ("aborted", "cid", "done", "operation", "result", "status")
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        self.cid = -1
+        self.done = False
+        self.status = 0
+        self.result = 0
+        self.aborted: str | None = None
+
+
+class CommandQueue:
+    """One pair of queues of an enabled controller. Its coroutines may be used by any number of tasks at once.
+
+    Attributes: ``id``; ``depth``, the most commands in flight; ``outstanding``, how many are.
+    """
+
+    admin = False
+    _reserve = 0  # commands there is always room for, in spite of all others
+
+    def __init__(self, controller: Controller, number: int, ring: Ring, completion: Completion) -> None:
+        self.id = number
+        self.depth = ring.depth
+        self.device = controller.name
+        self._controller = controller
+        self._ring = ring
+        self._completion: Completion = completion
+        self._irq: tuple[Irq, int] | None = None
+        self._waiters: dict[int, Command] = {}
+        self._ready: list[Completions] = []  # seen while looking for somebody else's
+        self._listener: trio.CancelScope | None = None  # of the task that waits for the interrupt, for all
+        self._lot = trio.lowlevel.ParkingLot()
+        self._turn = trio.Lock()  # who may wait for room
+        self._closed: str | None = "not there yet"
+        self._paused = False  # during a reset: there is no room
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.device} {self.id} {self.outstanding}/{self.depth}>"
+
+    @property
+    def outstanding(self) -> int:
+        """Commands submitted whose completion was not seen yet."""
+        return self._ring.outstanding
+
+    @property
+    def room(self) -> int:
+        """How many commands can be submitted now, as far as is known without looking for completions."""
+        return 0 if self._paused else self._ring.room - self._reserve
+
+    @property
+    def completion(self) -> Completion:
+        """How completion is learned of. Without an interrupt it is polled, whatever this says."""
+        return self._completion
+
+    # One command
+
+    def _check(self) -> None:
+        if self._closed is not None:
+            raise DeviceFailed(self.device, f"queue {self.id} is {self._closed}")
+
+    def _start(self, command: Command, sqe: Sqe) -> None:
+        """Submits one command; there is room."""
+        self._put(command, sqe)
+        self._ring.ring()
+
+    def _put(self, command: Command, sqe: Sqe) -> None:
+        cid = int(self._ring.take(1, now())[0])
+        try:
+            packed = sqe.pack(cid)
+        except BaseException:
+            self._ring.give_back(cid)
+            raise
+        command.cid = cid
+        self._waiters[cid] = command
+        self._ring.put(packed)
+
+    async def _run(
+        self,
+        start: Callable[[Command], None],
+        operation: str,
+        deadline: float | None = None,
+        *,
+        count: int = 1,
+        privileged: bool = False,
+    ) -> Command:
+        """One command from submission, which ``start`` does, to its completion, whatever its status.
+
+        ``start`` submits ``count`` commands. ``privileged``: of the reset itself, which the queue is paused for, and
+        which takes nothing back. Raises ``DeadlineExceeded``, ``OperationAborted`` and ``DeviceFailed``; on return,
+        and when cancelled, the controller does not touch any more what the command named.
+        """
+        self._check()
+        await trio.lowlevel.checkpoint()
+        seconds = self._controller.deadline if deadline is None else deadline
+        command = Command(operation)
+        if privileged:
+            self._check()
+        else:
+            await self._wait_for_room(count, seconds, operation)
+        start(command)
+        try:
+            with trio.move_on_after(seconds):
+                await self._until(lambda: command.done)
+        except BaseException:
+            if not privileged:
+                await self._make_safe(lambda: command.done, lambda: [command.cid])
+            raise
+        return await self._outcome(command, seconds, privileged)
+
+    async def _outcome(self, command: Command, seconds: float, privileged: bool) -> Command:
+        if not command.done:
+            if not privileged:
+                await self._make_safe(lambda: command.done, lambda: [command.cid], grace=0)
+            raise DeadlineExceeded(command.operation, seconds, device=self.device)
+        if command.aborted is not None:
+            self._controller.check()
+            raise OperationAborted(command.operation, command.aborted, device=self.device)
+        return command
+
+    async def _done(
+        self,
+        sqe: Sqe,
+        operation: str,
+        deadline: float | None = None,
+        *,
+        lba: int | None = None,
+        privileged: bool = False,
+    ) -> int:
+        """A command's result where it succeeds, ``NvmeError`` otherwise; else as ``_run``."""
+        command = await self._run(lambda c: self._start(c, sqe), operation, deadline, privileged=privileged)
+        self._judge(command, sqe.opcode, sqe.nsid, lba)
+        return command.result
+
+    def _judge(self, command: Command, opcode: int, nsid: int, lba: int | None) -> None:
+        """Raises the ``NvmeError`` of a command that did not succeed."""
+        if command.status:
+            raise NvmeError(
+                command.operation,
+                command.status,
+                opcode=opcode,
+                device=self.device,
+                nsid=nsid or None,
+                lba=lba,
+                result=command.result,
+            )
+
+    async def _wait_for_room(self, count: int, seconds: float, operation: str) -> None:
+        """Until ``count`` commands can be submitted. Nothing was submitted when it raises."""
+        if self._closed is None and self.room >= count:
+            return
+        with trio.move_on_after(seconds):
+            async with self._turn:
+                await self._until(lambda: self._closed is not None or self.room >= count)
+                self._check()
+                return
+        raise DeadlineExceeded(operation, seconds, device=self.device)
+
+    # Completion
+
+    def _collect(self, most: int | None = None, *, least: int = 1, wait_ns: int = 0) -> Completions | None:
+        """Takes completions: awaited commands get theirs, the rest is returned; None: there was nothing to take.
+
+        What is returned may be empty: all of it was awaited.
+        """
+        try:
+            taken = self._ring.reap(most, least=least, wait_ns=wait_ns)
+        except DeviceFailed as error:
+            self._controller.condemn(error.reason)
+            raise
+        if taken is None:
+            return None
+        cids, status, results = taken
+        if not self._waiters:
+            return Completions(cids, status, int(np.count_nonzero(status)))
+        return self._hand_out(cids, status, results)
+
+    def _hand_out(
+        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: NDArray[np.uint32]
+    ) -> Completions:
+        others = []
+        for index, cid in enumerate(cids.tolist()):
+            command = self._waiters.pop(cid, None)
+            if command is None:
+                others.append(index)
+                continue
+            command.status, command.result = int(status[index]), int(results[index])
+            command.done = True
+        if len(others) < len(cids):
+            cids, status = cids[others], status[others]
+            self._lot.unpark_all()
+        return Completions(cids, status, int(np.count_nonzero(status)))
+
+    def _look(self, wait_ns: int = 0) -> bool:
+        """Takes everything that is complete; whether there was anything."""
+        found = False
+        while (taken := self._collect(wait_ns=0 if found else wait_ns)) is not None:
+            found = True
+            if len(taken):
+                self._keep(taken)
+        return found
+
+    def _keep(self, taken: Completions) -> None:
+        """Completions that nobody waits for by name."""
+        self._ready.append(taken)
+
+    async def _until(self, wanted: Callable[[], bool]) -> None:
+        """Looks at the queue until something is so. Checkpoints."""
+        polled = self._completion == "polled" or self._irq is None
+        if polled:
+            await self._until_polled(wanted)
+            return
+        while not wanted():
+            if self._look() or (self._completion == "hybrid" and not self._paused and self._look(_SPIN_NS)):
+                continue
+            if self._listener is not None:
+                await self._lot.park()
+            else:
+                await self._listen()
+        await trio.lowlevel.checkpoint()
+
+    async def _listen(self) -> None:
+        """Waits for the interrupt, on behalf of every task that waits for a command of this queue."""
+        assert self._irq is not None
+        irq, vector = self._irq
+        try:
+            with trio.CancelScope() as self._listener:
+                try:
+                    await irq.wait(vector, deadline=_LIVENESS)
+                except (trio.ClosedResourceError, VfioError):  # torn down: whoever did it wakes us
+                    await trio.sleep(_LIVENESS)
+        except DeadlineExceeded:
+            await self._controller.look_after()
+        finally:
+            self._listener = None
+            self._lot.unpark_all()
+
+    async def _until_polled(self, wanted: Callable[[], bool]) -> None:
+        rounds, nap, slept = 0, _FIRST_NAP, 0.0
+        while not wanted():
+            if self._look(_SPIN_NS):
+                rounds, nap = 0, _FIRST_NAP
+                continue
+            rounds += 1
+            if rounds < _EAGER_ROUNDS:
+                await trio.lowlevel.checkpoint()
+                continue
+            await trio.sleep(nap)
+            slept += nap
+            nap = min(2 * nap, _LONGEST_NAP)
+            if slept >= _LIVENESS:
+                slept = 0.0
+                await self._controller.look_after()
+        await trio.lowlevel.checkpoint()
+
+    # Taking back
+
+    async def _make_safe(
+        self, done: Callable[[], bool], cids: Callable[[], list[int]], grace: float | None = None
+    ) -> None:
+        """Returns only when the controller can no longer touch what the commands named.
+
+        First they get ``grace`` seconds (the driver's) to end by themselves, then they are aborted, then the
+        controller is reset, then the function, and at last the device is closed, which takes its right to do DMA
+        away. Shielded from cancellation; every step has a deadline.
+        """
+        with trio.CancelScope(shield=True):
+            seconds = self._controller.grace if grace is None else grace
+            with trio.move_on_after(seconds):
+                await self._until_polled(done)
+            if not done():
+                await self._controller.take_back(self, done, cids)
+
+    def _sweep(self, reason: str) -> None:
+        """The controller was reset: what it has not completed by now, it never will."""
+        with suppress(DeviceFailed):  # nonsense in the queue: that is over now
+            self._look()
+        cids = self._ring.in_flight()
+        for command in self._waiters.values():
+            command.aborted, command.done = reason, True
+        others = cids[[cid not in self._waiters for cid in cids.tolist()]]
+        self._waiters.clear()
+        if len(others):
+            self._keep(Completions(others, np.full(len(others), _ABORTED, dtype=np.uint16), len(others)))
+        self._ring.forget()
+        self._wake()
+
+    def _open(self, irq: tuple[Irq, int] | None) -> None:
+        self._irq = irq
+        self._closed, self._paused = None, False
+        self._wake()
+
+    def _pause(self) -> None:
+        self._paused = True
+
+    def _close(self, reason: str) -> None:
+        self._closed, self._paused = reason, False
+        self._wake()
+
+    def _wake(self) -> None:
+        """Lets every waiting task look again, the one that waits for the interrupt too."""
+        if self._listener is not None:
+            self._listener.cancel()
+        self._lot.unpark_all()

@@ -1,0 +1,279 @@
+"""A submission queue and its completion queue in DMA memory, as words that numpy fills and reads many at a time.
+
+No more commands are outstanding than the submission queue has room for, whatever of it the controller has fetched, and
+a command identifier is given out again only when its completion was seen (NVMe Base 2.0c 3.3.1.2, 3.3.3.1). A slot
+that was filled from a template keeps what is the same in every command of that template; a ring that is filled from
+one template only writes identifier, address and LBA.
+
+Nothing here waits for longer than it is told, and nothing here is trio's. Not here: what is done about commands that do
+not complete (queue.py), shadow doorbells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pvfio.abi import ffi, lib
+from pvfio.errors import DeviceFailed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pvfio.vfio import DmaBuffer, Region
+
+__all__ = ["NOTHING", "Completions", "Ring", "Template", "queue_bytes"]
+
+_PAGE: Final = 4096
+_SQE: Final[int] = lib.NVME_SQE_SIZE
+_CQE: Final[int] = lib.NVME_CQE_SIZE
+_CID16, _STATUS16 = 6, 7  # the halfwords of a completion
+_DW0: Final = 0
+_ONE: Final = np.uint16(1)
+_NO_STATUS: Final = np.zeros(1 << 16, dtype=np.uint16)
+_NO_STATUS.flags.writeable = False
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def queue_bytes(entries: int, cq_entries: int) -> int:
+    """How much memory a pair of queues takes."""
+    return _pages(entries * _SQE) + _pages(cq_entries * _CQE)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What commands of one kind have in common: words 0 (without the identifier), 4 and 6 of the command."""
+
+    word0: int
+    word4: int
+    word6: int
+
+
+class Completions:
+    """Completions in the order in which they came: ``cids`` (intp) and ``status`` (uint16, 0 is success), of one
+    length; ``failed`` is how many are no success.
+    """
+
+    __slots__ = ("cids", "failed", "status")
+
+    def __init__(self, cids: NDArray[np.intp], status: NDArray[np.uint16], failed: int) -> None:
+        self.cids = cids
+        self.status = status
+        self.failed = failed
+
+    def __len__(self) -> int:
+        return len(self.cids)
+
+
+NOTHING: Final = Completions(np.zeros(0, dtype=np.intp), _NO_STATUS[:0], 0)
+
+
+class Ring:
+    """``entries`` of a submission and ``cq_entries`` of a completion queue in ``buffer``, which is mapped.
+
+    ``depth`` commands can be outstanding, under the identifiers 0 to depth - 1. ``outstanding``: how many are.
+    ``since`` (int64, shape (depth,)): when each was submitted, 0 for one that is not in flight.
+    """
+
+    def __init__(
+        self, buffer: DmaBuffer, entries: int, cq_entries: int, region: Region, doorbells: tuple[int, int]
+    ):
+        if buffer.iova is None:
+            raise ValueError("the queue's memory is not mapped")
+        self.buffer = buffer
+        self.entries, self.cq_entries = entries, cq_entries
+        self.depth = entries - 1
+        self.sq_iova = buffer.iova
+        self.cq_iova = buffer.iova + _pages(entries * _SQE)
+        self._region = region
+        self._sq_doorbell, self._cq_doorbell = doorbells
+        plain = np.asarray(buffer)
+        submissions = plain[: entries * _SQE]
+        start = _pages(entries * _SQE)
+        completions = plain[start : start + cq_entries * _CQE]
+        self._sq = submissions
+        self._sq_cid: NDArray[np.uint16] = submissions.view(np.uint16).reshape(entries, 32)[:, 1]
+        words = submissions.view(np.uint64).reshape(entries, 8)
+        self._word = [words[:, index] for index in range(8)]
+        self._cq = completions
+        halves = completions.view(np.uint16).reshape(cq_entries, 8)
+        self._cq_cid: NDArray[np.uint16] = halves[:, _CID16]
+        self._cq_status: NDArray[np.uint16] = halves[:, _STATUS16]
+        self._cq_result: NDArray[np.uint32] = completions.view(np.uint32).reshape(cq_entries, 4)[:, _DW0]
+        self._phases = ffi.cast("uint8_t *", ffi.from_buffer(completions)) + 2 * _STATUS16
+        self.since: NDArray[np.int64] = np.zeros(self.depth, dtype=np.int64)
+        self._free: NDArray[np.intp] = np.empty(self.depth, dtype=np.intp)
+        self.forget()
+
+    def forget(self) -> None:
+        """Both queues are empty and as new: the controller was reset, and no command is in flight any more."""
+        self._sq[:] = 0
+        self._cq[:] = 0
+        self.since[:] = 0
+        self._free[:] = np.arange(self.depth)[::-1]
+        self._top = self.depth
+        self.outstanding = 0
+        self._tail = self._head = 0
+        self._phase = 1
+        self._unacknowledged = 0
+        self._painted: Template | None = None
+        self._unpainted = 0  # slots to go until all are filled from that template
+
+    @property
+    def room(self) -> int:
+        """How many commands can be submitted."""
+        return self._top
+
+    # Submission
+
+    def take(self, count: int, now: int) -> NDArray[np.intp]:
+        """``count`` identifiers (at most ``room``), in flight since ``now`` (not 0)."""
+        top = self._top - count
+        cids = self._free[top : self._top].copy()
+        self._top = top
+        self.outstanding += count
+        self.since[cids] = now
+        return cids
+
+    def give_back(self, cid: int) -> None:
+        """An identifier that was taken, and not submitted."""
+        self.since[cid] = 0
+        self._free[self._top] = cid
+        self._top += 1
+        self.outstanding -= 1
+
+    def put(self, command: bytes) -> None:
+        """The next command, whole."""
+        start = self._tail * _SQE
+        self._sq[start : start + _SQE] = np.frombuffer(command, dtype=np.uint8)
+        self._painted = None
+        self._advance(1)
+
+    def fill(
+        self,
+        template: Template,
+        cids: NDArray[np.intp],
+        lbas: NDArray[np.uint64],
+        addresses: NDArray[np.uint64],
+    ) -> None:
+        """The next ``len(cids)`` commands. All arrays have that length."""
+        count = len(cids)
+        if template is not self._painted:
+            self._painted, self._unpainted = template, self.entries
+        start, end = self._tail, self._tail + count
+        if end <= self.entries:
+            self._fill(start, end, cids, lbas, addresses)
+        else:
+            first = self.entries - start
+            self._fill(start, self.entries, cids[:first], lbas[:first], addresses[:first])
+            self._fill(0, count - first, cids[first:], lbas[first:], addresses[first:])
+        self._advance(count)
+
+    def _fill(
+        self,
+        start: int,
+        end: int,
+        cids: NDArray[np.intp],
+        lbas: NDArray[np.uint64],
+        addresses: NDArray[np.uint64],
+    ) -> None:
+        word = self._word
+        if self._unpainted > 0:
+            template = self._painted
+            assert template is not None
+            word[0][start:end] = template.word0
+            word[1][start:end] = 0
+            word[2][start:end] = 0
+            word[4][start:end] = template.word4
+            word[6][start:end] = template.word6
+            word[7][start:end] = 0
+            self._unpainted -= end - start
+        self._sq_cid[start:end] = cids
+        word[3][start:end] = addresses
+        word[5][start:end] = lbas
+
+    def last(self, count: int) -> list[slice]:
+        """Where the last ``count`` commands are that were filled: one slice, or two."""
+        start = self._tail - count
+        if start >= 0:
+            return [slice(start, self._tail)]
+        return [slice(start + self.entries, self.entries), slice(0, self._tail)]
+
+    def overwrite(self, word: int, values: NDArray[np.uint64]) -> None:
+        """Word ``word`` of the last ``len(values)`` commands; before the doorbell rings."""
+        self._painted = None
+        done = 0
+        for piece in self.last(len(values)):
+            size = piece.stop - piece.start
+            self._word[word][piece] = values[done : done + size]
+            done += size
+
+    def _advance(self, count: int) -> None:
+        tail = self._tail + count
+        self._tail = tail if tail < self.entries else tail - self.entries
+
+    def ring(self) -> None:
+        """Tells the controller of what was filled (the submission queue tail doorbell, NVMe Base 2.0c 3.1.3.12)."""
+        self._region.doorbell(self._sq_doorbell, self._tail)
+
+    # Completion
+
+    def reap(
+        self, most: int | None = None, *, least: int = 1, wait_ns: int = 0
+    ) -> tuple[NDArray[np.intp], NDArray[np.uint16], NDArray[np.uint32]] | None:
+        """Takes completions from the queue: identifiers, status words with their phase tag shifted out, results.
+
+        At most ``most``, up to the end of the queue's memory (there may be more after it); None: there are none.
+        Blocks the thread for up to ``wait_ns`` while there are fewer than ``least``. Raises ``DeviceFailed`` for
+        completions of commands that are not in flight.
+        """
+        head = self._head
+        limit = min(self.outstanding, self.cq_entries - head)
+        if most is not None and most < limit:
+            limit = most
+        count = lib.pv_wait_run(self._phases + head * _CQE, _CQE, limit, 1, self._phase, least, wait_ns)
+        if not count:
+            return None
+        end = head + count
+        cids = self._cq_cid[head:end].astype(np.intp)
+        status: NDArray[np.uint16] = self._cq_status[head:end] >> _ONE
+        results = self._cq_result[head:end]
+        if end == self.cq_entries:
+            self._head, self._phase = 0, self._phase ^ 1
+        else:
+            self._head = end
+        self._retire(cids, count)
+        return cids, status, results
+
+    def _retire(self, cids: NDArray[np.intp], count: int) -> None:
+        """The identifiers are free again. A completion nobody waits for is a controller that is not to be trusted."""
+        since = self.since
+        try:
+            since[cids] = 0
+        except IndexError:
+            since = since[:0]
+        self.outstanding -= count
+        if np.count_nonzero(since) != self.outstanding:
+            raise DeviceFailed(self._region.device, "it completed a command that was not in flight")
+        top = self._top + count
+        self._free[self._top : top] = cids
+        self._top = top
+        self._unacknowledged += count
+        # The controller needs room for what is outstanding; it is told of the rest now and then.
+        if self.cq_entries - 1 - self._unacknowledged <= self.depth:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Tells the controller which completions were taken (the head doorbell, NVMe Base 2.0c 3.1.3.13)."""
+        if self._unacknowledged:
+            self._unacknowledged = 0
+            self._region.doorbell(self._cq_doorbell, self._head)
+
+    def in_flight(self) -> NDArray[np.intp]:
+        """The identifiers of what is outstanding."""
+        return np.flatnonzero(self.since)
