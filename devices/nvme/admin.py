@@ -7,13 +7,11 @@ register their opcodes here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pvfio.abi import ffi, lib
-
-if TYPE_CHECKING:
-    from pvfio.devices.nvme.device import NvmeDevice
 
 __all__ = ["LATER", "Admin", "AdminError", "Command", "Handler"]
 
@@ -35,10 +33,14 @@ class AdminError(Exception):
 
 
 class Command:
-    """A fetched admin command: its fields, and the ways its data moves."""
+    """A fetched admin command: its fields, and the ways its data moves.
+
+    ``epoch`` counts the resets before it; ``at_once``: how many of its opcode were fetched with it, before it.
+    """
 
     __slots__ = (
         "_nvme",
+        "at_once",
         "cdw10",
         "cdw11",
         "cdw12",
@@ -46,6 +48,7 @@ class Command:
         "cdw14",
         "cdw15",
         "cid",
+        "epoch",
         "nsid",
         "opcode",
         "prp1",
@@ -53,9 +56,11 @@ class Command:
         "raw",
     )
 
-    def __init__(self, nvme: Any, raw: Any) -> None:
+    def __init__(self, nvme: Any, raw: Any, epoch: int, at_once: int) -> None:
         self._nvme = nvme
         self.raw = raw
+        self.epoch = epoch
+        self.at_once = at_once
         self.opcode: int = raw.opcode
         self.cid: int = raw.cid
         self.nsid: int = raw.nsid
@@ -85,13 +90,14 @@ class Command:
 
 
 class Admin:
-    """The admin command set of one controller."""
+    """The admin command set of one controller. ``guard`` refuses commands (by raising) whatever they are."""
 
-    def __init__(self, device: NvmeDevice, nvme: Any) -> None:
-        self._device = device
+    def __init__(self, nvme: Any) -> None:
         self._nvme = nvme
         self._handlers: dict[int, Handler] = {}
         self._batch = ffi.new("struct nvme_command[]", 32)
+        self._epoch = 0
+        self.guard: Callable[[Command], None] = _allow
 
     def register(self, handlers: dict[int, Handler]) -> None:
         """A subject's opcodes."""
@@ -102,37 +108,58 @@ class Admin:
         """What is implemented."""
         return frozenset(self._handlers)
 
+    def reset(self) -> None:
+        """After a reset of the controller: what is in progress is not completed any more."""
+        self._epoch += 1
+
     def run_waiting(self) -> None:
         """Executes every command that was fetched."""
         while count := lib.pv_nvme_take_admin(self._nvme, self._batch, len(self._batch)):
+            seen: Counter[int] = Counter()
             for index in range(count):
                 raw = ffi.new("struct nvme_command *", self._batch[index])
-                self._execute(Command(self._nvme, raw))
+                self._execute(Command(self._nvme, raw, self._epoch, seen[raw.opcode]))
+                seen[raw.opcode] += 1
 
-    def complete(self, cid: int, status: int = 0, result: int = 0) -> None:
-        """Completes a command that a handler left for later."""
-        lib.pv_nvme_complete(self._nvme, 0, cid, status, result)
+    def complete(self, command: Command, status: int = 0, result: int = 0) -> None:
+        """Completes a command; nothing where a reset came first."""
+        if command.epoch == self._epoch:
+            lib.pv_nvme_complete(self._nvme, 0, command.cid, status, result)
+
+    def fail(self, command: Command, error: AdminError) -> None:
+        """Completes a command with an error, which goes into the error log."""
+        if command.epoch == self._epoch:
+            self.log_error(error.status, error.byte, cid=command.cid, nsid=command.nsid)
+            self.complete(command, error.status, error.result)
 
     def _execute(self, command: Command) -> None:
         try:
             handler = self._handlers.get(command.opcode)
             if handler is None:
                 raise AdminError(lib.NVME_SC_INVALID_OPCODE, 0)
-            if command.raw.flags & lib.NVME_CMD_FUSE_MASK:
+            # No fused admin commands, and no SGLs in them over PCI Express (Base 3.3.3.1, figure 87).
+            if command.raw.flags & (lib.NVME_CMD_FUSE_MASK | lib.NVME_CMD_PSDT_MASK):
                 raise AdminError(lib.NVME_SC_INVALID_FIELD, 1)
+            self.guard(command)
             result = handler(command)
         except AdminError as error:
-            self.note_error(command, error)
-            self.complete(command.cid, error.status, error.result)
+            self.fail(command, error)
             return
         if result is not LATER:
-            self.complete(command.cid, 0, result)
+            self.complete(command, 0, result)
 
-    def note_error(self, command: Command, error: AdminError) -> None:
-        """An entry of the error information log (Base 5.16.1.2)."""
+    def log_error(
+        self, status: int, byte: int | None = None, *, cid: int = 0xFFFF, nsid: int = 0, sq: int = 0
+    ) -> None:
+        """An entry of the error information log (Base 5.16.1.2). ``cid`` 0xFFFF: of no command."""
         entry = ffi.new("struct nvme_error_log_entry *")
-        entry.cmdid = command.cid
-        entry.status_field = error.status << 1
-        entry.nsid = command.nsid
-        entry.parm_error_location = lib.NVME_ERROR_LOCATION_NONE if error.byte is None else error.byte
+        entry.sqid = sq
+        entry.cmdid = cid
+        entry.status_field = status << 1 & 0xFFFF
+        entry.nsid = nsid
+        entry.parm_error_location = lib.NVME_ERROR_LOCATION_NONE if byte is None else byte
         lib.pv_nvme_log_error(self._nvme, entry)
+
+
+def _allow(command: Command) -> None:
+    pass

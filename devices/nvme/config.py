@@ -6,6 +6,7 @@ several controllers in one subsystem, several power states that save anything.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +32,8 @@ class NvmeConfig:
     ``capacity``: bytes that namespaces may be made of at run time, beyond those the device begins with.
     ``vectors``: MSI-X, one for the admin queue and one for each I/O queue by default. ``power_on_hours``: what the
     health log begins with. ``poll_doorbells``: the doorbell page may be mapped, and is looked at every millisecond.
+    ``short_test_seconds``, ``extended_test_seconds``, ``sanitize_seconds``: what self-tests and sanitizing take at
+    least.
     Raises ``ValueError`` for what no controller can be.
     """
 
@@ -51,6 +54,9 @@ class NvmeConfig:
     firmware: str = "1.0"
     power_on_hours: int = 0
     poll_doorbells: bool = False
+    short_test_seconds: float = 1.0
+    extended_test_seconds: float = 5.0
+    sanitize_seconds: float = 0.5
 
     def __post_init__(self) -> None:
         limits = {
@@ -72,6 +78,16 @@ class NvmeConfig:
             value = getattr(self, name)
             if len(value) > length or not value.isascii():
                 raise ValueError(f"{name} is at most {length} ASCII characters, not {value!r}")
+
+    @property
+    def extended_test_minutes(self) -> int:
+        """Identify's EDSTT."""
+        return max(1, math.ceil(self.extended_test_seconds / 60))
+
+    @property
+    def shadow_doorbells(self) -> bool:
+        """Doorbell Buffer Config is offered: all doorbells fit into a page of 4 KiB, the smallest (Base 5.8)."""
+        return self.doorbell_bytes <= _PAGE
 
     @property
     def vector_count(self) -> int:
@@ -110,7 +126,8 @@ class NamespaceSpec:
     ``size`` bytes of memory, or the raw ``image`` file (``size`` 0: all of it), which keeps its size.
     ``read_only``: writes are refused. ``volatile_cache``: what was not flushed is lost with the process, as in a
     drive whose power fails. ``lba_shift`` and ``metadata`` (bytes a block) are one of ``FORMATS``; an image has no
-    metadata. ``extended``: metadata is at the end of each block. ``protection``: type 0 or 1. Raises ``ValueError``.
+    metadata. ``extended``: metadata is at the end of each block. ``protection``: type 0 or 1, its eight bytes the
+    last of the metadata, or the first with ``protection_first``. Raises ``ValueError``.
     """
 
     size: int = 256 << 20
@@ -121,6 +138,7 @@ class NamespaceSpec:
     metadata: int = 0
     extended: bool = False
     protection: int = 0
+    protection_first: bool = False
     attached: bool = True
 
     def __post_init__(self) -> None:

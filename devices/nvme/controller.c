@@ -211,6 +211,7 @@ void pv_nvme_disable(struct pv_nvme *nvme)
     nvme->shadow = nvme->event_index = 0;
     nvme->coalesce_threshold = 0;
     nvme->coalesce_ns = 0;
+    nvme->write_through = false;
     pv_nvme_set_arbitration(nvme, 7, 0, 0, 0);
     atomic_store(&nvme->pin_mask, 0);
     atomic_store(&nvme->fatal, 0);
@@ -412,6 +413,22 @@ void pv_nvme_write_protect(struct pv_nvme *nvme, uint32_t nsid, int on)
         return;
     pv_engine_pause(nvme->engine);
     nvme->ns[nsid - 1].write_protected = on;
+    pv_engine_unpause(nvme->engine);
+}
+
+void pv_nvme_attach_namespace(struct pv_nvme *nvme, uint32_t nsid, int on)
+{
+    if (!nsid || nsid > PV_NVME_NAMESPACES)
+        return;
+    pv_engine_pause(nvme->engine);
+    nvme->ns[nsid - 1].detached = !on;
+    pv_engine_unpause(nvme->engine);
+}
+
+void pv_nvme_set_write_cache(struct pv_nvme *nvme, int on)
+{
+    pv_engine_pause(nvme->engine);
+    nvme->write_through = !on;
     pv_engine_unpause(nvme->engine);
 }
 

@@ -19,7 +19,13 @@ from pvfio.devices.nvme.admin import Admin
 from pvfio.devices.nvme.admin_queues import QueueCommands
 from pvfio.devices.nvme.config import NamespaceSpec, NvmeConfig
 from pvfio.devices.nvme.events import AsyncEvents
+from pvfio.devices.nvme.feature_table import FeatureTable
+from pvfio.devices.nvme.features import Features
+from pvfio.devices.nvme.firmware import Firmware
+from pvfio.devices.nvme.health import Health
 from pvfio.devices.nvme.identify import Identify
+from pvfio.devices.nvme.keep_alive import KeepAlive
+from pvfio.devices.nvme.logs import Logs
 from pvfio.devices.nvme.namespaces import Namespaces
 from pvfio.devices.nvme.registers import EnableSettings, Registers
 from pvfio.devices.pci import Bar, MsixLayout, PciFunction, PciIdentity
@@ -69,13 +75,46 @@ class NvmeDevice(PciFunction):
         self.registers = Registers(config, self)
         self._due_changed = trio.Event()
         self._shutdown_wanted = trio.Event()
-        self._queues = QueueCommands(config, self.registers, self._nvme)
-        self._admin = Admin(self, self._nvme)
-        self._admin.register(self._queues.handlers())
         self.namespaces = Namespaces(config, self._nvme, namespaces)
-        self._admin.register(Identify(config, self.namespaces).handlers())
+        self._make_subjects()
+
+    def _make_subjects(self) -> None:
+        """Everything that executes admin commands."""
+        config, nvme = self.nvme_config, self._nvme
+        self._admin = Admin(nvme)
         self.events = AsyncEvents(self._admin)
-        self._admin.register(self.events.handlers())
+        self.health = Health(config, nvme, self.events)
+        self._queues = QueueCommands(config, self.registers, nvme, self.events)
+        self._keep_alive = KeepAlive(self._silent_host)
+        self._features = Features(self.namespaces)
+        self._firmware = Firmware(config, self.events)
+        self._logs = Logs(config, nvme, self._admin, self.events, self._features)
+        self._logs.add(
+            {
+                lib.NVME_LOG_SMART: lambda _: self.health.log(),
+                lib.NVME_LOG_FW_SLOT: lambda _: self._firmware.log(),
+            }
+        )
+        FeatureTable(
+            config,
+            nvme,
+            registers=self.registers,
+            queues=self._queues,
+            namespaces=self.namespaces,
+            events=self.events,
+            health=self.health,
+            keep_alive=self._keep_alive,
+        ).fill(self._features)
+        for subject in (
+            self._queues,
+            self.events,
+            self._features,
+            self._keep_alive,
+            self._firmware,
+            self._logs,
+            Identify(config, self.namespaces, self._firmware),
+        ):
+            self._admin.register(subject.handlers())
 
     # The device's task.
 
@@ -83,6 +122,7 @@ class NvmeDevice(PciFunction):
         """Executes admin commands, shutdowns and timers until cancelled. Commands in progress are left as they are."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._keep_alive.run)
             if self.engine.kind == "inline":
                 nursery.start_soon(self._kick_when_due)
             task_status.started()
@@ -142,8 +182,10 @@ class NvmeDevice(PciFunction):
         self.cancel_dma(True)
         lib.pv_nvme_disable(self._nvme)
         self.cancel_dma(False)
-        self.events.reset()
-        self._queues.granted = (self.nvme_config.queues, self.nvme_config.queues)
+        for subject in (self._admin, self.events, self._queues, self._logs, self._firmware, self.health):
+            subject.reset()
+        self._keep_alive.set_timeout(0)
+        self._features.reset()
         self.set_intx(False)
 
     def shut_down(self, abrupt: bool) -> None:
@@ -154,6 +196,12 @@ class NvmeDevice(PciFunction):
         """NSSR (Base 3.7.1): as power-on, but for CSTS.NSSRO."""
         self.registers.subsystem_was_reset = True
         self.on_reset()
+
+    def _silent_host(self) -> None:
+        """The keep alive timer expired (Base 3.9): logged, fatal, and no command is executed any more."""
+        self._admin.log_error(lib.NVME_SC_KAT_EXPIRED)
+        self.registers.fail()
+        lib.pv_nvme_disable(self._nvme)
 
     def mask_pin(self, mask: int) -> None:
         """INTMS and INTMC."""

@@ -30,7 +30,7 @@ class AsyncEvents:
     def reset(self) -> None:
         """After a reset of the controller: nothing waits, nothing is masked."""
         self.enabled = 0
-        self._requests: deque[int] = deque()
+        self._requests: deque[Command] = deque()
         self._waiting: deque[tuple[int, int, int]] = deque()
         self._masked: set[tuple[int, int]] = set()
 
@@ -53,16 +53,17 @@ class AsyncEvents:
 
     def abort(self, cid: int) -> bool:
         """Ends a request that waits, with Abort Requested; whether there was one."""
-        if cid not in self._requests:
-            return False
-        self._requests.remove(cid)
-        self._admin.complete(cid, lib.NVME_SC_ABORT_REQ)
-        return True
+        for request in self._requests:
+            if request.cid == cid:
+                self._requests.remove(request)
+                self._admin.complete(request, lib.NVME_SC_ABORT_REQ)
+                return True
+        return False
 
     def _request(self, command: Command) -> int | None:
         if len(self._requests) >= LIMIT:
             raise AdminError(lib.NVME_SC_ASYNC_LIMIT)
-        self._requests.append(command.cid)
+        self._requests.append(command)
         self._send()
         return LATER
 

@@ -135,7 +135,7 @@ static uint32_t do_write(struct nvme_io *io)
     nvme_make_usable(io->ns, io->lba, io->blocks);
     io->nvme->stats.writes++;
     io->nvme->stats.written_bytes += nvme_bytes(io->ns, io->blocks);
-    return io->cmd->cdw12 & NVME_RW_FUA ? nvme_sync_later(io->nvme, io->request, io->ns->backing) : 0;
+    return nvme_written(io);
 }
 
 static uint32_t compare_blocks(struct nvme_io *io)
@@ -235,7 +235,8 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
     request->location = NVME_ERROR_LOCATION_NONE;
     if (!known(cmd->opcode))
         return nvme_field(&io, 0, NVME_SC_INVALID_OPCODE);
-    if (!cmd->nsid || cmd->nsid > PV_NVME_NAMESPACES || !nvme->ns[cmd->nsid - 1].backing)
+    if (!cmd->nsid || cmd->nsid > PV_NVME_NAMESPACES || !nvme->ns[cmd->nsid - 1].backing ||
+        nvme->ns[cmd->nsid - 1].detached)
         return nvme_field(&io, BYTE_NSID, NVME_SC_INVALID_NS);
     if (nvme->refuse)
         return nvme->refuse;

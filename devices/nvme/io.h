@@ -30,6 +30,13 @@ static inline uint32_t nvme_field(struct nvme_io *io, uint32_t byte, uint32_t st
     return DNR(status);
 }
 
+/* A write is over: durable first, with Force Unit Access or without a write cache. */
+static inline uint32_t nvme_written(struct nvme_io *io)
+{
+    bool durable = io->cmd->cdw12 & NVME_RW_FUA || io->nvme->write_through;
+    return durable ? nvme_sync_later(io->nvme, io->request, io->ns->backing) : 0;
+}
+
 /* io.c */
 uint32_t nvme_media(int error);
 uint32_t nvme_check_range(struct nvme_io *io, uint64_t lba, uint64_t blocks);

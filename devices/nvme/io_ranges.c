@@ -50,7 +50,7 @@ uint32_t nvme_write_zeroes(struct nvme_io *io)
     if (io->pi.act)
         make_protection(io);
     io->nvme->stats.writes++;
-    return io->cmd->cdw12 & NVME_RW_FUA ? nvme_sync_later(io->nvme, io->request, io->ns->backing) : 0;
+    return nvme_written(io);
 }
 
 uint32_t nvme_write_uncorrectable(struct nvme_io *io)
@@ -165,5 +165,5 @@ uint32_t nvme_copy(struct nvme_io *io)
         return status;
     nvme_make_usable(io->ns, io->lba, io->blocks);
     nvme->stats.writes++;
-    return io->cmd->cdw12 & NVME_RW_FUA ? nvme_sync_later(nvme, io->request, io->ns->backing) : 0;
+    return nvme_written(io);
 }

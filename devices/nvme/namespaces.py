@@ -1,37 +1,47 @@
 """The namespaces of a controller: what they are kept in, their formats, which are attached.
 
-Not modelled: namespaces shared between controllers, ANA groups, NVM sets.
+Not modelled: namespaces shared between controllers, ANA groups, NVM sets. A namespace that a driver makes is of memory.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import trio
 
 from pvfio.abi import ffi, lib
+from pvfio.devices.nvme.admin import AdminError
 from pvfio.devices.nvme.config import FORMATS, NamespaceSpec, NvmeConfig
 
 __all__ = ["Namespace", "Namespaces"]
 
+_ALL: Final[int] = lib.NVME_NSID_ALL
+_OUI: Final = bytes.fromhex("525400")
+_UUIDS: Final = uuid.UUID("2f0b1f5e-6a7c-4c0f-8f0d-6e766d653034")
+
 
 @dataclass
 class Namespace:
-    """One namespace. ``backing`` is the C object; ``spec`` what it was made of, kept up to date by a format."""
+    """One namespace. ``backing`` is the C object; ``spec`` what it was made of, kept up to date by a format.
+
+    ``protection_state``: feature 84h. ``formatting``: percent of a format that is to come, 0: none runs.
+    """
 
     nsid: int
     spec: NamespaceSpec
     size: int
     backing: Any
+    eui64: bytes
+    nguid: bytes
+    uuid: bytes
     attached: bool = False
-    write_protected: bool = False
-    nguid: bytes = field(default_factory=bytes)
-    uuid: bytes = field(default_factory=bytes)
-    eui64: bytes = field(default_factory=bytes)
+    protection_state: int = 0
+    formatting: int = 0
 
     @property
     def blocks(self) -> int:
@@ -39,9 +49,24 @@ class Namespace:
         return self.size >> self.spec.lba_shift
 
     @property
+    def used(self) -> int:
+        """Blocks that take room."""
+        return min(self.blocks, int(lib.pv_nvme_backing_used(self.backing)) >> self.spec.lba_shift)
+
+    @property
     def format_index(self) -> int:
         """Which of ``FORMATS`` it has."""
         return FORMATS.index((self.spec.lba_shift, self.spec.metadata))
+
+    @property
+    def formats(self) -> tuple[tuple[int, int], ...]:
+        """What it can be formatted to: an image has no room for metadata."""
+        return FORMATS if self.spec.image is None else tuple(f for f in FORMATS if not f[1])
+
+    @property
+    def write_protected(self) -> bool:
+        """Writes are refused."""
+        return bool(self.protection_state) or self.spec.read_only
 
 
 class Namespaces:
@@ -50,15 +75,48 @@ class Namespaces:
     def __init__(self, config: NvmeConfig, nvme: Any, specs: Sequence[NamespaceSpec]) -> None:
         self._config = config
         self._nvme = nvme
+        self._made = 0
         self.by_nsid: dict[int, Namespace] = {}
         try:
             for spec in specs:
                 made = self.create(spec)
                 if spec.attached:
                     self.attach(made.nsid)
+            self.capacity = sum(n.size for n in self.by_nsid.values()) + config.capacity
         except BaseException:
             self.close()
             raise
+
+    @property
+    def unallocated(self) -> int:
+        """Bytes that namespaces may still be made of."""
+        return self.capacity - sum(n.size for n in self.by_nsid.values())
+
+    @property
+    def volatile(self) -> bool:
+        """There is a volatile write cache: what an image takes is durable only after a flush."""
+        return any(n.spec.image is not None and not n.spec.read_only for n in self.by_nsid.values())
+
+    def check(self, nsid: int) -> None:
+        """Raises Invalid Namespace or Format for a number that no namespace can have."""
+        if not 0 < nsid <= self._config.max_namespaces:
+            raise AdminError(lib.NVME_SC_INVALID_NS, 4)
+
+    def active(self, nsid: int) -> Namespace:
+        """An attached namespace. Raises Invalid Namespace or Format for another number, Invalid Field for an inactive
+        one (Base 3.2.1.5).
+        """
+        self.check(nsid)
+        found = self.by_nsid.get(nsid)
+        if found is None or not found.attached:
+            raise AdminError(lib.NVME_SC_INVALID_FIELD, 4)
+        return found
+
+    def chosen(self, nsid: int) -> list[Namespace]:
+        """The attached namespaces that a command is about, all for FFFFFFFFh. Raises as ``active``."""
+        if nsid != _ALL:
+            return [self.active(nsid)]
+        return [n for n in self.by_nsid.values() if n.attached]
 
     def create(self, spec: NamespaceSpec) -> Namespace:
         """A namespace under the lowest free number; not attached. ``ValueError`` where there is none."""
@@ -66,55 +124,78 @@ class Namespaces:
         if nsid is None:
             raise ValueError(f"more than {self._config.max_namespaces} namespaces")
         size, backing = _open(spec)
-        made = self.by_nsid[nsid] = Namespace(nsid, spec, size, ffi.gc(backing, lib.pv_nvme_backing_put))
-        made.eui64 = bytes.fromhex("525400") + nsid.to_bytes(5)
-        made.nguid = made.eui64 + b"pvfio" + nsid.to_bytes(3)
+        self._made += 1
+        number = self._made.to_bytes(5)
+        made = Namespace(
+            nsid,
+            spec,
+            size,
+            ffi.gc(backing, lib.pv_nvme_backing_put),
+            eui64=_OUI + number,
+            nguid=bytes(8) + _OUI + number,
+            uuid=uuid.uuid5(_UUIDS, f"{self._config.serial} {self._made}").bytes,
+        )
+        self._give(made)
+        self.by_nsid[nsid] = made
         return made
 
-    def attach(self, nsid: int) -> None:
-        """Gives a namespace to the data path, in its format; blocks keep their contents."""
-        found = self.by_nsid[nsid]
-        spec = found.spec
+    def _give(self, namespace: Namespace) -> None:
+        """To the data path, in its format; what metadata there was is gone."""
+        spec = namespace.spec
         values = {
-            "blocks": found.blocks,
+            "blocks": namespace.blocks,
             "lba_shift": spec.lba_shift,
             "metadata": spec.metadata,
             "extended": spec.extended,
             "pi": spec.protection,
-            "pi_first": False,
+            "pi_first": spec.protection_first,
             "read_only": spec.read_only,
         }
-        error = lib.pv_nvme_set_namespace(
-            self._nvme, nsid, found.backing, ffi.new("struct pv_nvme_format *", values)
-        )
-        if error:
-            raise MemoryError(f"no room for namespace {nsid}")
-        found.attached = True
-        lib.pv_nvme_write_protect(self._nvme, nsid, found.write_protected)
+        made = ffi.new("struct pv_nvme_format *", values)
+        if lib.pv_nvme_set_namespace(self._nvme, namespace.nsid, namespace.backing, made):
+            raise MemoryError(f"no room for namespace {namespace.nsid}")
+        lib.pv_nvme_attach_namespace(self._nvme, namespace.nsid, namespace.attached)
+        lib.pv_nvme_write_protect(self._nvme, namespace.nsid, namespace.protection_state)
+
+    def attach(self, nsid: int) -> None:
+        """Commands may use it."""
+        self.by_nsid[nsid].attached = True
+        lib.pv_nvme_attach_namespace(self._nvme, nsid, True)
 
     def detach(self, nsid: int) -> None:
-        """Takes a namespace from the data path."""
-        lib.pv_nvme_set_namespace(self._nvme, nsid, ffi.NULL, ffi.NULL)
+        """Commands may not use it any more; its blocks keep their contents."""
         self.by_nsid[nsid].attached = False
+        lib.pv_nvme_attach_namespace(self._nvme, nsid, False)
 
     def delete(self, nsid: int) -> None:
-        """Forgets a namespace, and what it was kept in."""
-        self.detach(nsid)
+        """Forgets a namespace, and what it was kept in. An image keeps its contents."""
+        lib.pv_nvme_set_namespace(self._nvme, nsid, ffi.NULL, ffi.NULL)
         del self.by_nsid[nsid]
 
-    def reformat(self, nsid: int, **changes: Any) -> None:
-        """Another format; what the blocks hold is the caller's business."""
-        found = self.by_nsid[nsid]
-        attached = found.attached
-        self.detach(nsid)
-        found.spec = replace(found.spec, **changes)
-        if attached:
-            self.attach(nsid)
+    def protect(self, nsid: int, state: int) -> None:
+        """Feature 84h."""
+        self.by_nsid[nsid].protection_state = state
+        lib.pv_nvme_write_protect(self._nvme, nsid, state)
 
-    async def sync(self) -> None:
-        """Makes everything durable, without blocking other tasks. Cancelled: the sync under way still ends."""
-        for found in list(self.by_nsid.values()):
-            await trio.to_thread.run_sync(lib.pv_nvme_backing_sync, found.backing)
+    def hold(self, nsid: int, on: bool) -> None:
+        """Keeps commands away while a format goes on."""
+        lib.pv_nvme_attach_namespace(self._nvme, nsid, not on and self.by_nsid[nsid].attached)
+
+    def reformat(self, nsid: int, **changes: Any) -> None:
+        """Another format; what the blocks hold is the caller's business. ``ValueError`` for what cannot be."""
+        found = self.by_nsid[nsid]
+        found.spec = replace(found.spec, **changes)
+        self._give(found)
+
+    async def sync(self, nsid: int | None = None) -> bool:
+        """Makes everything, or one namespace, durable, without blocking other tasks; whether it is.
+
+        Cancelled: the sync under way still ends.
+        """
+        done = True
+        for found in [n for n in self.by_nsid.values() if nsid in (None, n.nsid)]:
+            done &= not await trio.to_thread.run_sync(lib.pv_nvme_backing_sync, found.backing)
+        return done
 
     def close(self) -> None:
         """Takes everything from the data path; images are closed when nothing uses them."""

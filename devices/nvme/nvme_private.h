@@ -59,7 +59,7 @@ struct nvme_namespace {
     uint8_t *metadata;         /* of all blocks, where the format has it */
     uint8_t *unusable; /* a bit a block: Write Uncorrectable; NULL: none */
     uint64_t unusable_blocks;
-    bool write_protected;
+    bool write_protected, detached;
 };
 
 /* A command that waits: for a time, or for a sync. */
@@ -115,6 +115,7 @@ struct pv_nvme {
 
     struct nvme_namespace ns[PV_NVME_NAMESPACES];
     uint32_t refuse;
+    bool write_through;
     struct pv_nvme_stats stats;
     struct nvme_data data;
     uint8_t *bounce;

@@ -101,6 +101,11 @@ class Registers:
             (cc & lib.NVME_CC_IOCQES_MASK) >> lib.NVME_CC_IOCQES_SHIFT,
         )
 
+    @property
+    def all_command_sets(self) -> bool:
+        """CC.CSS asks for every I/O command set there is."""
+        return bool((self.cc & _CSS) >> lib.NVME_CC_CSS_SHIFT == lib.NVME_CC_CSS_IO)
+
     def fail(self) -> None:
         """Controller Fatal Status: until a reset."""
         self.csts |= int(lib.NVME_CSTS_CFS)
@@ -201,7 +206,7 @@ class Registers:
         possible = (
             settings.page_shift <= self._config.max_page_shift
             and (settings.arbitration == lib.NVME_CC_AMS_RR or weighted)
-            and settings.command_sets in (lib.NVME_CC_CSS_NVM, lib.NVME_CC_CSS_IO, lib.NVME_CC_CSS_ADMIN)
+            and settings.command_sets in (lib.NVME_CC_CSS_NVM, lib.NVME_CC_CSS_IO)
         )
         if possible and self._owner.enable(settings):
             self.csts |= int(lib.NVME_CSTS_RDY)

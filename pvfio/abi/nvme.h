@@ -383,6 +383,7 @@ struct nvme_id_ctrl {
 #define NVME_SANICAP_CRYPTO 0x00000001
 #define NVME_SANICAP_BLOCK 0x00000002
 #define NVME_SANICAP_OVERWRITE 0x00000004
+#define NVME_SANICAP_NODMMAS 0x40000000 /* media is not modified after the sanitize */
 #define NVME_ONCS_COMPARE 0x0001
 #define NVME_ONCS_WRITE_UNCOR 0x0002
 #define NVME_ONCS_DSM 0x0004
@@ -400,6 +401,11 @@ struct nvme_id_ctrl {
 #define NVME_VWC_FLUSH_BROADCAST 0x06
 #define NVME_SGLS_SUPPORTED 0x00000001
 #define NVME_SGLS_BIT_BUCKET 0x00010000
+#define NVME_SGLS_LARGER 0x00040000 /* a list may be longer than the data */
+#define NVME_NWPC_PROTECT 0x01
+#define NVME_NWPC_UNTIL_POWER_CYCLE 0x02
+#define NVME_NWPC_PERMANENT 0x04
+#define NVME_OCFS_FORMAT_0 0x0001
 
 /* LBA format, NVM figure 98 */
 struct nvme_lbaf {
@@ -464,6 +470,7 @@ struct nvme_id_ns {
 #define NVME_DPC_LAST 0x10
 #define NVME_DPS_TYPE_MASK 0x07
 #define NVME_DPS_FIRST 0x08
+#define NVME_FPI_SUPPORTED 0x80 /* bits 6:0: percent of a format that remain */
 #define NVME_DLFEAT_READS_ZERO 0x01
 #define NVME_DLFEAT_WZ_DEAC 0x08
 #define NVME_NMIC_SHARED 0x01
@@ -558,6 +565,8 @@ struct nvme_id_ns_indep {
 #define NVME_LOG_CHANGED_NS 0x04
 #define NVME_LOG_CMD_EFFECTS 0x05
 #define NVME_LOG_SELF_TEST 0x06
+#define NVME_LOG_FEATURE_EFFECTS 0x12
+#define NVME_LOG_MI_EFFECTS 0x13
 #define NVME_LOG_SANITIZE 0x81
 #define NVME_LOG_RAE 0x8000 /* CDW10: retain asynchronous event */
 
@@ -749,11 +758,11 @@ struct nvme_sanitize_log {
 #define NVME_SC_ATOMIC_UNIT_EXCEEDED 0x014
 #define NVME_SC_OP_DENIED 0x015
 #define NVME_SC_SGL_INVALID_OFFSET 0x016
+#define NVME_SC_KAT_EXPIRED 0x018
 #define NVME_SC_KAT_INVALID 0x019
 #define NVME_SC_SANITIZE_FAILED 0x01c
 #define NVME_SC_SANITIZE_IN_PROGRESS 0x01d
 #define NVME_SC_NS_WRITE_PROTECTED 0x020
-#define NVME_SC_INVALID_IO_CMD_SET 0x026
 #define NVME_SC_LBA_RANGE 0x080
 #define NVME_SC_CAP_EXCEEDED 0x081
 #define NVME_SC_NS_NOT_READY 0x082
@@ -785,6 +794,7 @@ struct nvme_sanitize_log {
 #define NVME_SC_IOCS_NOT_SUPPORTED 0x129
 #define NVME_SC_IOCS_NOT_ENABLED 0x12a
 #define NVME_SC_IOCS_COMBINATION_REJECTED 0x12b
+#define NVME_SC_INVALID_IO_CMD_SET 0x12c
 #define NVME_SC_BAD_ATTRIBUTES 0x180
 #define NVME_SC_INVALID_PI 0x181
 #define NVME_SC_READ_ONLY 0x182
