@@ -204,9 +204,9 @@ int pv_nvme_backing_zero(struct pv_nvme_backing *b, uint64_t offset, uint64_t n,
         return 0;
     if (b->base)
         return zero_memory(b, offset, n, discard);
-    if (b->cache)
-        return write_zeroes(b, offset, n);
     int mode = FALLOC_FL_KEEP_SIZE | (discard ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+    if (b->cache)
+        return nvme_cache_zero(b->cache, offset, n, mode);
     if (!fallocate(b->fd, mode, (off_t)offset, (off_t)n))
         return 0;
     return errno == EOPNOTSUPP ? write_zeroes(b, offset, n) : -errno;

@@ -1,12 +1,14 @@
 /*
  * The volatile write cache (see cache.h): a private mapping of the image, and a bit for each 4 KiB that is dirty.
  *
- * A page that was never written here is the file's, whatever it holds now. Not modelled: a size of its own (a real
- * cache is smaller and writes back when full), reordering inside a sync.
+ * A page that was not written here since the last sync is the file's, whatever it holds now. Zeroes go past the cache,
+ * into the file. A sync has the cache to itself: reads and writes wait for the disk. Not modelled: a size of its own (a
+ * real cache is smaller and writes back when full), reordering inside a sync.
  */
 #include "cache.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -114,20 +116,65 @@ int nvme_cache_write(struct nvme_cache *c, uint64_t offset, const void *data, ui
     return error;
 }
 
+/* Lines [first, last) are the file's again; with the lock held. */
+static void forget(struct nvme_cache *c, uint64_t first, uint64_t last)
+{
+    for (uint64_t line = first; line < last; line = (line / 64 + 1) * 64) {
+        uint64_t end = (line / 64 + 1) * 64 < last ? (line / 64 + 1) * 64 : last, word = line / 64;
+        uint64_t bits = (end - line < 64 ? (1ull << (end - line)) - 1 : UINT64_MAX) << line % 64;
+        if (word >= c->words || !(c->dirty[word] & bits))
+            continue;
+        c->dirty[word] &= ~bits;
+        uint64_t from = line * LINE, to = end * LINE < c->size ? end * LINE : c->size;
+        if (from < to)
+            madvise(c->data + from, to - from, MADV_DONTNEED); /* the memory; failing costs nothing else */
+    }
+}
+
+static int write_zeroes(struct nvme_cache *c, uint64_t offset, uint64_t n)
+{
+    static const uint8_t zeroes[LINE];
+    int error = 0;
+    while (n && !error) {
+        uint64_t len = in_line(offset, n);
+        error = nvme_cache_write(c, offset, zeroes, len);
+        offset += len;
+        n -= len;
+    }
+    return error;
+}
+
 int nvme_cache_sync(struct nvme_cache *c)
 {
     int error = 0;
     pthread_mutex_lock(&c->lock);
     for (uint64_t word = 0; word < c->words && !error; word++) {
-        while (c->dirty[word] && !error) {
-            uint64_t line = word * 64 + (uint64_t)__builtin_ctzll(c->dirty[word]);
+        for (uint64_t bits = c->dirty[word]; bits && !error; bits &= bits - 1) {
+            uint64_t line = word * 64 + (uint64_t)__builtin_ctzll(bits);
             error = nvme_file_write(c->fd, line * LINE, c->data + line * LINE, line_bytes(c, line));
-            if (!error)
-                c->dirty[word] &= c->dirty[word] - 1;
         }
     }
     if (!error && fdatasync(c->fd))
         error = -errno;
+    if (!error)
+        forget(c, 0, c->size / LINE + 1);
     pthread_mutex_unlock(&c->lock);
     return error;
+}
+
+int nvme_cache_zero(struct nvme_cache *c, uint64_t offset, uint64_t n, int mode)
+{
+    uint64_t first = (offset + LINE - 1) / LINE, last = (offset + n) / LINE;
+    if (first >= last)
+        return write_zeroes(c, offset, n);
+    pthread_mutex_lock(&c->lock);
+    int error = fallocate(c->fd, mode, (off_t)(first * LINE), (off_t)((last - first) * LINE)) ? -errno : 0;
+    if (!error)
+        forget(c, first, last);
+    pthread_mutex_unlock(&c->lock);
+    if (error == -EOPNOTSUPP)
+        return write_zeroes(c, offset, n);
+    if (!error)
+        error = write_zeroes(c, offset, first * LINE - offset);
+    return error ? error : write_zeroes(c, last * LINE, offset + n - last * LINE);
 }

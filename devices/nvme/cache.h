@@ -16,6 +16,8 @@ void nvme_cache_destroy(struct nvme_cache *cache);
 int nvme_cache_read(struct nvme_cache *cache, uint64_t offset, void *data, uint64_t n);
 int nvme_cache_write(struct nvme_cache *cache, uint64_t offset, const void *data, uint64_t n);
 int nvme_cache_sync(struct nvme_cache *cache);
+/* `mode` is fallocate's. */
+int nvme_cache_zero(struct nvme_cache *cache, uint64_t offset, uint64_t n, int mode);
 
 /* backing.c: whole transfers of a file. */
 int nvme_file_read(int fd, uint64_t offset, void *data, uint64_t n);

@@ -55,6 +55,10 @@ static uint32_t write_entries(struct pv_nvme *nvme, struct nvme_cq *cq, const st
         struct pv_dma dma;
         int error = pv_bus_walk(nvme->bus, cq->base + (uint64_t)cq->tail * NVME_CQE_SIZE,
                                 (uint64_t)run * NVME_CQE_SIZE, PV_DMA_WRITE, store_entries, &from, &dma);
+        if (error == -ECANCELED) { /* no bus mastering, or a reset is coming */
+            nvme->held = true;
+            return done;
+        }
         if (error) {
             nvme_fatal(nvme);
             return count;
@@ -108,8 +112,6 @@ static void announce(struct pv_nvme *nvme, struct nvme_cq *cq, uint32_t count)
 uint64_t nvme_ring_due(struct pv_nvme *nvme, uint64_t now)
 {
     uint64_t next = NVME_NEVER;
-    if (!nvme->coalesce_threshold)
-        return next;
     for (uint32_t i = 1; i < PV_NVME_QUEUES; i++) {
         struct nvme_cq *cq = &nvme->cq[i];
         if (!cq->live || !cq->unrung)
@@ -168,6 +170,14 @@ void nvme_cq_moved(struct pv_nvme *nvme, struct nvme_cq *cq)
     }
     if (atomic_load_explicit(&nvme->pin, memory_order_relaxed))
         nvme_event(nvme, PV_NVME_EVENT_PIN);
+}
+
+void nvme_release_held(struct pv_nvme *nvme)
+{
+    nvme->held = false;
+    for (uint32_t i = 0; i < PV_NVME_QUEUES; i++)
+        if (nvme->cq[i].backlog_count)
+            nvme_cq_moved(nvme, &nvme->cq[i]);
 }
 
 /* Error information, Base 5.16.1.2. */

@@ -50,12 +50,14 @@ static bool allocate(struct pv_nvme *nvme)
 
 struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind)
 {
-    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > 9 || !msix)
+    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > 9 || config->namespaces > PV_NVME_NAMESPACES || !msix)
         return NULL;
     struct pv_nvme *nvme = calloc(1, sizeof(*nvme));
     if (!nvme)
         return NULL;
     nvme->config = *config;
+    if (!config->namespaces)
+        nvme->config.namespaces = PV_NVME_NAMESPACES;
     nvme->bus = pv_bus_get(bus);
     nvme->msix = pv_msix_get(msix);
     nvme->threaded = kind == PV_ENGINE_THREAD;
@@ -208,6 +210,8 @@ void pv_nvme_disable(struct pv_nvme *nvme)
     memset(nvme->heard, 0, sizeof(nvme->heard));
     memset(nvme->ready_sq, 0, sizeof(nvme->ready_sq));
     memset(nvme->uncoalesced, 0, sizeof(nvme->uncoalesced));
+    nvme->next_sq = 0;
+    nvme->held = false;
     nvme->shadow = nvme->event_index = 0;
     nvme->coalesce_threshold = 0;
     nvme->coalesce_ns = 0;
@@ -298,6 +302,7 @@ void pv_nvme_set_arbitration(struct pv_nvme *nvme, uint32_t burst, uint32_t low,
     nvme->weight[NVME_SQ_QPRIO_HIGH] = high + 1;
     nvme->weight[NVME_SQ_QPRIO_MEDIUM] = medium + 1;
     nvme->weight[NVME_SQ_QPRIO_LOW] = low + 1;
+    memset(nvme->credit, 0, sizeof(nvme->credit));
     if (nvme->engine)
         pv_engine_unpause(nvme->engine);
 }
@@ -378,7 +383,7 @@ void pv_nvme_mask_pin(struct pv_nvme *nvme, uint32_t mask)
 
 static bool format_fits(const struct pv_nvme_backing *backing, const struct pv_nvme_format *format)
 {
-    if (format->lba_shift < 9 || format->lba_shift > 16 || format->metadata > 64 || format->pi > 1 ||
+    if (format->lba_shift < 9 || format->lba_shift > 16 || format->metadata > PV_NVME_MAX_METADATA || format->pi > 1 ||
         (format->pi && format->metadata < sizeof(struct nvme_pi_tuple)) || !format->blocks)
         return false;
     return format->blocks <= backing->size >> format->lba_shift;
@@ -387,7 +392,7 @@ static bool format_fits(const struct pv_nvme_backing *backing, const struct pv_n
 int pv_nvme_set_namespace(struct pv_nvme *nvme, uint32_t nsid, struct pv_nvme_backing *backing,
                           const struct pv_nvme_format *format)
 {
-    if (!nsid || nsid > PV_NVME_NAMESPACES || (backing && !format_fits(backing, format)))
+    if (!nsid || nsid > nvme->config.namespaces || (backing && !format_fits(backing, format)))
         return -EINVAL;
     struct nvme_namespace made = {0};
     if (backing) {

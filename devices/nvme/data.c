@@ -10,6 +10,9 @@
 
 #define DNR(status) ((status) | NVME_STATUS_DNR)
 #define SGL_PER_READ 32
+/* Bits 1:0 of every opcode (Base 3.3.3.1, Data Transfer). */
+#define DIRECTION_MASK 3
+#define DIRECTION_TO_HOST 2
 
 static uint32_t add(struct nvme_data *data, uint64_t iova, uint64_t len, bool bucket)
 {
@@ -75,24 +78,38 @@ static uint32_t map_prp(struct pv_nvme *nvme, const struct nvme_command *cmd, ui
     return add(data, cmd->prp2, n, false);
 }
 
-static uint32_t map_block(const struct nvme_sgl_desc *desc, uint64_t *left, struct nvme_data *data)
+/* A list on its way into `data`. */
+struct sgl {
+    struct nvme_data *data;
+    uint64_t left;        /* bytes not described yet */
+    uint64_t descriptors; /* read so far */
+    bool to_host;
+};
+
+/* A bit bucket takes from what goes to the host, and gives nothing (Base 4.1.2.1). */
+static uint32_t map_block(struct sgl *sgl, const struct nvme_sgl_desc *desc)
 {
-    uint64_t len = desc->length < *left ? desc->length : *left;
-    if (!len)
+    bool bucket = desc->type >> NVME_SGL_TYPE_SHIFT == NVME_SGL_BIT_BUCKET;
+    uint64_t len = desc->length < sgl->left ? desc->length : sgl->left;
+    if (!len || (bucket && !sgl->to_host))
         return 0;
-    *left -= len;
-    return add(data, desc->addr, len, desc->type >> NVME_SGL_TYPE_SHIFT == NVME_SGL_BIT_BUCKET);
+    sgl->left -= len;
+    return add(sgl->data, desc->addr, len, bucket);
 }
 
 /* Descriptors of one segment; `next` is what its last one may lead to, `*more` whether it does. */
-static uint32_t map_segment(struct pv_nvme *nvme, const struct nvme_sgl_desc *segment, bool last, uint64_t *left,
-                            struct nvme_data *data, struct nvme_sgl_desc *next, bool *more)
+static uint32_t map_segment(struct pv_nvme *nvme, struct sgl *sgl, const struct nvme_sgl_desc *segment,
+                            struct nvme_sgl_desc *next, bool *more)
 {
     struct nvme_sgl_desc desc[SGL_PER_READ];
+    bool last = segment->type >> NVME_SGL_TYPE_SHIFT == NVME_SGL_LAST_SEGMENT;
     uint64_t count = segment->length / sizeof(*desc);
     *more = false;
     if (!count || segment->length % sizeof(*desc))
         return DNR(NVME_SC_SGL_INVALID_LAST);
+    sgl->descriptors += count;
+    if (sgl->descriptors > NVME_MAX_SGL_DESCRIPTORS)
+        return DNR(NVME_SC_SGL_INVALID_COUNT);
     for (uint64_t done = 0; done < count;) {
         uint64_t some = count - done < SGL_PER_READ ? count - done : SGL_PER_READ;
         struct pv_dma dma;
@@ -109,7 +126,7 @@ static uint32_t map_segment(struct pv_nvme *nvme, const struct nvme_sgl_desc *se
                 *more = true;
                 return 0;
             }
-            uint32_t error = map_block(&desc[i], left, data);
+            uint32_t error = map_block(sgl, &desc[i]);
             if (error)
                 return error;
         }
@@ -122,23 +139,20 @@ static uint32_t map_sgl(struct pv_nvme *nvme, const struct nvme_command *cmd, ui
     struct nvme_sgl_desc desc = {
         .addr = cmd->prp1, .length = (uint32_t)cmd->prp2, .type = (uint8_t)(cmd->prp2 >> 56)};
     uint8_t type = desc.type >> NVME_SGL_TYPE_SHIFT;
-    uint64_t left = n;
+    struct sgl sgl = {.data = data, .left = n, .to_host = (cmd->opcode & DIRECTION_MASK) == DIRECTION_TO_HOST};
     if (desc.type & 0xf || type > NVME_SGL_LAST_SEGMENT || type == NVME_SGL_BIT_BUCKET)
         return DNR(NVME_SC_SGL_INVALID_TYPE);
     uint32_t error = 0;
     bool more = type >= NVME_SGL_SEGMENT;
     if (!more)
-        error = map_block(&desc, &left, data);
-    for (uint32_t segments = 0; more && !error; segments++) {
-        if (segments > NVME_MAX_SEGMENTS)
-            return DNR(NVME_SC_SGL_INVALID_COUNT);
+        error = map_block(&sgl, &desc);
+    while (more && !error) {
         struct nvme_sgl_desc at = desc;
-        bool last = at.type >> NVME_SGL_TYPE_SHIFT == NVME_SGL_LAST_SEGMENT;
-        error = map_segment(nvme, &at, last, &left, data, &desc, &more);
+        error = map_segment(nvme, &sgl, &at, &desc, &more);
     }
     if (error)
         return error;
-    return left ? DNR(NVME_SC_SGL_INVALID_DATA) : 0;
+    return sgl.left ? DNR(NVME_SC_SGL_INVALID_DATA) : 0;
 }
 
 uint32_t nvme_map_data(struct pv_nvme *nvme, const struct nvme_command *cmd, uint64_t n, struct nvme_data *data)
@@ -165,8 +179,6 @@ static inline uint32_t move(struct pv_nvme *nvme, struct nvme_data *data, uint8_
         if (!s->bucket)
             error = to_host ? pv_bus_write(nvme->bus, s->iova + data->offset, bytes, len, &dma)
                             : pv_bus_read(nvme->bus, s->iova + data->offset, bytes, len, &dma);
-        else if (!to_host)
-            return DNR(NVME_SC_SGL_INVALID_TYPE); /* a bucket gives no data (Base 4.1.2.1) */
         if (error)
             return DNR(NVME_SC_DATA_XFER_ERROR);
         bytes += len;

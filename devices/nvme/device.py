@@ -253,6 +253,7 @@ class _DataPath:
         values = {
             "dstrd": config.dstrd,
             "mdts_shift": config.mdts_shift,
+            "namespaces": config.max_namespaces,
             "poll_doorbells": config.poll_doorbells,
         }
         self.ptr = lib.pv_nvme_create(ffi.new("struct pv_nvme_config *", values), bus, msix, kind)

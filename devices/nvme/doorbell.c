@@ -1,8 +1,9 @@
 /*
  * Doorbells: in BAR 0, in a page that a client maps, in shadow buffers (Base 3.1.3.12 and 3.1.3.13, 5.8).
  *
- * A value that cannot be is reported once and changes nothing: a submission queue tail beyond the queue, a completion
- * queue head that passes what was completed.
+ * A value that cannot be is reported once and changes nothing: a submission queue tail beyond the queue or past entries
+ * that were not fetched yet, a completion queue head that passes what was completed. With shadow buffers, a store to BAR
+ * 0 only says that the I/O queues' values are to be looked at there.
  */
 #include <errno.h>
 #include <string.h>
@@ -48,12 +49,29 @@ static void kick(void *device)
 
 const struct pv_mmio_ops nvme_mmio_ops = {.load = load, .store = store, .kick = kick};
 
+/* How far it is from one entry of a ring to another. */
+static uint32_t ahead(uint32_t from, uint32_t to, uint32_t size)
+{
+    return to >= from ? to - from : to + size - from;
+}
+
+static bool is_live(const struct pv_nvme *nvme, uint32_t index)
+{
+    return index & 1 ? nvme->cq[index / 2].live : nvme->sq[index / 2].live;
+}
+
+/* The admin queues have no shadow (Base 5.8). */
+static bool is_shadowed(const struct pv_nvme *nvme, uint32_t index)
+{
+    return nvme->shadow && index >= 2;
+}
+
 static void hear_sq(struct pv_nvme *nvme, uint32_t id, uint32_t tail)
 {
     struct nvme_sq *sq = &nvme->sq[id];
     if (!sq->live) {
         nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
-    } else if (tail >= sq->size) {
+    } else if (tail >= sq->size || ahead(sq->head, tail, sq->size) < ahead(sq->head, sq->tail, sq->size)) {
         nvme_event(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
     } else {
         sq->tail = tail;
@@ -69,9 +87,7 @@ static void hear_cq(struct pv_nvme *nvme, uint32_t id, uint32_t head)
         nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
         return;
     }
-    uint32_t used = cq->tail >= cq->head ? cq->tail - cq->head : cq->tail + cq->size - cq->head;
-    uint32_t taken = head >= cq->head ? head - cq->head : head + cq->size - cq->head;
-    if (head >= cq->size || taken > used) {
+    if (head >= cq->size || ahead(cq->head, head, cq->size) > ahead(cq->head, cq->tail, cq->size)) {
         nvme_event(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
         return;
     }
@@ -101,7 +117,8 @@ static bool hear_rung(struct pv_nvme *nvme)
             continue;
         for (uint64_t bits = atomic_exchange(&nvme->rung[word], 0); bits; bits &= bits - 1) {
             uint32_t queue = word % 2 * 64 + (uint32_t)__builtin_ctzll(bits), index = 2 * queue + word / 2;
-            hear(nvme, index, doorbell_value(nvme, index));
+            if (!is_shadowed(nvme, index) || !is_live(nvme, index))
+                hear(nvme, index, doorbell_value(nvme, index));
             any = true;
         }
     }
@@ -113,9 +130,10 @@ static bool hear_page(struct pv_nvme *nvme)
 {
     bool any = false;
     for (uint32_t index = 0; index < 2 * PV_NVME_QUEUES; index++) {
-        bool live = index & 1 ? nvme->cq[index / 2].live : nvme->sq[index / 2].live;
-        uint32_t value = live ? doorbell_value(nvme, index) : 0;
-        if (live && value != nvme->heard[index]) {
+        if (!is_live(nvme, index) || is_shadowed(nvme, index))
+            continue;
+        uint32_t value = doorbell_value(nvme, index);
+        if (value != nvme->heard[index]) {
             hear(nvme, index, value);
             any = true;
         }
@@ -138,10 +156,9 @@ static bool hear_shadow(struct pv_nvme *nvme)
         return false;
     }
     for (uint32_t index = 2; index < 2 * PV_NVME_QUEUES; index++) {
-        bool live = index & 1 ? nvme->cq[index / 2].live : nvme->sq[index / 2].live;
         uint32_t value;
         memcpy(&value, values + ((uint64_t)index << shift), sizeof(value));
-        if (!live || value == nvme->heard[index])
+        if (!is_live(nvme, index) || value == nvme->heard[index])
             continue;
         hear(nvme, index, value);
         any = true;
@@ -149,6 +166,7 @@ static bool hear_shadow(struct pv_nvme *nvme)
             pv_bus_write(nvme->bus, nvme->event_index + ((uint64_t)index << shift), &value, sizeof(value), &dma))
             nvme_fatal(nvme);
     }
+    atomic_thread_fence(memory_order_seq_cst); /* the indexes are stored before the next look */
     return any;
 }
 

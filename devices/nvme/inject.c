@@ -49,12 +49,14 @@ static uint32_t act(struct pv_nvme *nvme, const struct pv_nvme_rule *rule, struc
     uint64_t due = NVME_NEVER;
     switch (rule->action) {
     case PV_NVME_INJECT_DELAY:
+        if (request->cmd->flags & NVME_CMD_FUSE_MASK)
+            return 0;
         due = nvme_now() + rule->delay_ns;
         /* fallthrough */
     case PV_NVME_INJECT_DROP:
-        return nvme_wait_until(nvme, request, due, NVME_LATER) ? NVME_LATER : NVME_SC_INTERNAL;
+        return nvme_wait_until(nvme, request, due, NVME_LATER) ? NVME_LATER : NVME_SC_INTERNAL | NVME_ENDED;
     case PV_NVME_INJECT_STATUS:
-        return rule->status;
+        return (rule->status & (NVME_SC_MASK | NVME_STATUS_DNR)) | NVME_ENDED;
     case PV_NVME_INJECT_CORRUPT:
         request->corrupt = true;
         return 0;

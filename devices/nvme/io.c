@@ -32,37 +32,67 @@ uint32_t nvme_check_writable(const struct nvme_io *io)
     return io->ns->format.read_only ? DNR(NVME_SC_READ_ONLY) : 0;
 }
 
+/* A map of blocks, a word at a time: the bits of [at, end) in the word of `at`, and where the next word begins. */
+static uint64_t bits_from(uint64_t at, uint64_t end)
+{
+    uint64_t count = end - at < 64 - at % 64 ? end - at : 64 - at % 64;
+    return (count < 64 ? (1ull << count) - 1 : UINT64_MAX) << at % 64;
+}
+
+static uint64_t next_word(uint64_t at)
+{
+    return (at / 64 + 1) * 64;
+}
+
 bool nvme_usable(const struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
 {
     if (!ns->unusable_blocks)
         return true;
-    for (uint64_t i = lba; i < lba + blocks; i++)
-        if (ns->unusable[i / 8] >> i % 8 & 1)
+    for (uint64_t at = lba, end = lba + blocks; at < end; at = next_word(at))
+        if (ns->unusable[at / 64] & bits_from(at, end))
             return false;
     return true;
 }
 
 void nvme_make_usable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
 {
-    for (uint64_t i = lba; ns->unusable_blocks && i < lba + blocks; i++) {
-        uint8_t bit = (uint8_t)(1u << i % 8);
-        ns->unusable_blocks -= (ns->unusable[i / 8] & bit) != 0;
-        ns->unusable[i / 8] &= (uint8_t)~bit;
+    for (uint64_t at = lba, end = lba + blocks; ns->unusable_blocks && at < end; at = next_word(at)) {
+        uint64_t bits = ns->unusable[at / 64] & bits_from(at, end);
+        ns->unusable[at / 64] &= ~bits;
+        ns->unusable_blocks -= (uint64_t)__builtin_popcountll(bits);
     }
+}
+
+uint32_t nvme_make_unusable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
+{
+    if (!ns->unusable && !(ns->unusable = calloc(ns->format.blocks / 64 + 1, sizeof(*ns->unusable))))
+        return NVME_SC_INTERNAL;
+    for (uint64_t at = lba, end = lba + blocks; at < end; at = next_word(at)) {
+        uint64_t bits = bits_from(at, end) & ~ns->unusable[at / 64];
+        ns->unusable[at / 64] |= bits;
+        ns->unusable_blocks += (uint64_t)__builtin_popcountll(bits);
+    }
+    return 0;
 }
 
 /* Every command with a range of blocks and data. */
 static uint32_t check_transfer(struct nvme_io *io)
 {
     struct pv_nvme *nvme = io->nvme;
-    uint64_t n = nvme_bytes(io->ns, io->blocks);
-    if (n > 4096ull << nvme->config.mdts_shift)
-        return nvme_field(io, BYTE_NLB, NVME_SC_INVALID_FIELD);
+    const struct pv_nvme_format *format = &io->ns->format;
     uint32_t status = nvme_check_range(io, io->lba, io->blocks);
-    return status ? status : nvme_pi_of(&io->ns->format, io->cmd, &io->pi);
+    if (!status)
+        status = nvme_pi_of(format, io->cmd, &io->pi);
+    if (status)
+        return status;
+    /* Metadata between the data counts (Base 5.17.2.1, MDTS, where CTRATT.MEM is 0). */
+    uint64_t n = nvme_bytes(io->ns, io->blocks);
+    if (format->extended)
+        n += io->blocks * nvme_host_metadata(format, &io->pi);
+    return n > 4096ull << nvme->config.mdts_shift ? nvme_field(io, BYTE_NLB, NVME_SC_INVALID_FIELD) : 0;
 }
 
-static uint32_t read_error(struct nvme_io *io)
+uint32_t nvme_read_error(struct nvme_io *io)
 {
     io->nvme->stats.media_errors++;
     return NVME_SC_READ_ERROR;
@@ -81,7 +111,7 @@ static uint32_t read_blocks(struct nvme_io *io)
     while (left && !status) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
         if (nvme_backing_read(backing, offset, nvme->bounce, len))
-            return read_error(io);
+            return nvme_read_error(io);
         status = nvme_to_host(nvme, &nvme->data, nvme->bounce, len);
         offset += len;
         left -= len;
@@ -116,11 +146,13 @@ static uint32_t do_read(struct nvme_io *io)
     if (status)
         return status;
     if (!nvme_usable(io->ns, io->lba, io->blocks))
-        return read_error(io);
+        return nvme_read_error(io);
     status = io->ns->format.metadata ? nvme_read_metadata(io) : read_blocks(io);
+    if (status)
+        return status;
     io->nvme->stats.reads++;
     io->nvme->stats.read_bytes += nvme_bytes(io->ns, io->blocks);
-    return status;
+    return 0;
 }
 
 static uint32_t do_write(struct nvme_io *io)
@@ -148,7 +180,7 @@ static uint32_t compare_blocks(struct nvme_io *io)
         uint64_t len = left < half ? left : half;
         status = nvme_from_host(nvme, &nvme->data, nvme->bounce, len);
         if (!status && nvme_backing_read(io->ns->backing, offset, nvme->bounce + half, len))
-            status = read_error(io);
+            status = nvme_read_error(io);
         if (!status && memcmp(nvme->bounce, nvme->bounce + half, len))
             status = DNR(NVME_SC_COMPARE_FAILED);
         offset += len;
@@ -164,7 +196,7 @@ static uint32_t do_compare(struct nvme_io *io)
     if (status)
         return status;
     if (!nvme_usable(io->ns, io->lba, io->blocks))
-        return read_error(io);
+        return nvme_read_error(io);
     io->nvme->stats.reads++;
     io->nvme->stats.read_bytes += nvme_bytes(io->ns, io->blocks);
     return io->ns->format.metadata ? nvme_compare_metadata(io) : compare_blocks(io);
@@ -180,14 +212,14 @@ static uint32_t do_verify(struct nvme_io *io)
     if (status)
         return status;
     if (!nvme_usable(io->ns, io->lba, io->blocks))
-        return read_error(io);
+        return nvme_read_error(io);
     if (io->ns->format.metadata)
         return nvme_verify_metadata(io);
     uint64_t offset = nvme_bytes(io->ns, io->lba), left = nvme_bytes(io->ns, io->blocks);
     while (left && !io->ns->backing->base) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
         if (nvme_backing_read(io->ns->backing, offset, nvme->bounce, len))
-            return read_error(io);
+            return nvme_read_error(io);
         offset += len;
         left -= len;
     }
@@ -228,6 +260,18 @@ static bool known(uint8_t opcode)
     return opcode < 32 && opcodes >> opcode & 1;
 }
 
+/* A number that no namespace can have, and one that none has now; the broadcast value is of the latter (Base 3.2.1). */
+static uint32_t check_namespace(struct nvme_io *io)
+{
+    const struct pv_nvme *nvme = io->nvme;
+    uint32_t nsid = io->cmd->nsid;
+    if (!nsid || (nsid > nvme->config.namespaces && nsid != UINT32_MAX))
+        return nvme_field(io, BYTE_NSID, NVME_SC_INVALID_NS);
+    if (nsid == UINT32_MAX || !nvme->ns[nsid - 1].backing || nvme->ns[nsid - 1].detached)
+        return nvme_field(io, BYTE_NSID, NVME_SC_INVALID_FIELD);
+    return 0;
+}
+
 uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
 {
     const struct nvme_command *cmd = request->cmd;
@@ -235,13 +279,16 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
     request->location = NVME_ERROR_LOCATION_NONE;
     if (!known(cmd->opcode))
         return nvme_field(&io, 0, NVME_SC_INVALID_OPCODE);
-    if (!cmd->nsid || cmd->nsid > PV_NVME_NAMESPACES || !nvme->ns[cmd->nsid - 1].backing ||
-        nvme->ns[cmd->nsid - 1].detached)
-        return nvme_field(&io, BYTE_NSID, NVME_SC_INVALID_NS);
+    uint32_t status = check_namespace(&io);
+    if (status)
+        return status;
     if (nvme->refuse)
         return nvme->refuse;
     io.ns = &nvme->ns[cmd->nsid - 1];
     io.lba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
     io.blocks = (cmd->cdw12 & NVME_RW_NLB_MASK) + 1ull;
-    return dispatch(&io);
+    status = dispatch(&io);
+    if (request->corrupt && (!status || status == NVME_LATER))
+        nvme_corrupt(nvme, request);
+    return status;
 }

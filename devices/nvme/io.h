@@ -43,6 +43,8 @@ uint32_t nvme_check_range(struct nvme_io *io, uint64_t lba, uint64_t blocks);
 uint32_t nvme_check_writable(const struct nvme_io *io);
 bool nvme_usable(const struct nvme_namespace *ns, uint64_t lba, uint64_t blocks);
 void nvme_make_usable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks);
+uint32_t nvme_make_unusable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks);
+uint32_t nvme_read_error(struct nvme_io *io);
 
 /* io_metadata.c: reads and writes of namespaces whose blocks have metadata, block by block. */
 uint32_t nvme_read_metadata(struct nvme_io *io);

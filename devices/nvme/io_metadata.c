@@ -8,6 +8,8 @@
 
 #include "io.h"
 
+enum { BYTE_FLAGS = 1, BYTE_MPTR = 16 };
+
 /* Where a command's metadata is in the host. */
 struct view {
     uint32_t bytes; /* a block; 0: the host does not see it */
@@ -18,17 +20,18 @@ struct view {
 static struct view view_of(const struct nvme_io *io)
 {
     const struct pv_nvme_format *f = &io->ns->format;
-    struct view view = {f->metadata, f->extended, io->cmd->metadata};
-    if (f->pi && io->pi.act && f->metadata == sizeof(struct nvme_pi_tuple))
-        view.bytes = 0;
-    return view;
+    return (struct view){nvme_host_metadata(f, &io->pi), f->extended, io->cmd->metadata};
 }
 
 static uint32_t map(struct nvme_io *io, const struct view *view)
 {
     uint64_t per_block = nvme_bytes(io->ns, 1) + (view->extended ? view->bytes : 0);
+    /* No metadata SGLs (Identify Controller, SGLS). */
+    bool segment = (io->cmd->flags & NVME_CMD_PSDT_MASK) == NVME_CMD_SGL_METASEG;
+    if (view->bytes && !view->extended && segment)
+        return nvme_field(io, BYTE_FLAGS, NVME_SC_INVALID_FIELD);
     if (view->bytes && !view->extended && view->iova & 3)
-        return DNR(NVME_SC_INVALID_FIELD);
+        return nvme_field(io, BYTE_MPTR, NVME_SC_INVALID_FIELD);
     return nvme_map_data(io->nvme, io->cmd, io->blocks * per_block, &io->nvme->data);
 }
 
@@ -59,10 +62,8 @@ static uint32_t load(struct nvme_io *io, uint64_t i, uint8_t **metadata)
 {
     struct nvme_namespace *ns = io->ns;
     *metadata = ns->metadata + (io->lba + i) * ns->format.metadata;
-    if (nvme_backing_read(ns->backing, nvme_bytes(ns, io->lba + i), io->nvme->bounce, nvme_bytes(ns, 1))) {
-        io->nvme->stats.media_errors++;
-        return NVME_SC_READ_ERROR;
-    }
+    if (nvme_backing_read(ns->backing, nvme_bytes(ns, io->lba + i), io->nvme->bounce, nvme_bytes(ns, 1)))
+        return nvme_read_error(io);
     return io->pi.check ? nvme_pi_check(&ns->format, &io->pi, io->nvme->bounce, *metadata, i) : 0;
 }
 
@@ -87,7 +88,7 @@ uint32_t nvme_write_metadata(struct nvme_io *io)
     struct view view = view_of(io);
     uint32_t status = map(io, &view);
     for (uint64_t i = 0; i < io->blocks && !status; i++) {
-        uint8_t metadata[64] = {0};
+        uint8_t metadata[PV_NVME_MAX_METADATA] = {0};
         status = nvme_from_host(io->nvme, &io->nvme->data, io->nvme->bounce, nvme_bytes(ns, 1));
         if (!status)
             status = metadata_from_host(io, &view, metadata, i);
@@ -111,7 +112,7 @@ uint32_t nvme_compare_metadata(struct nvme_io *io)
     uint8_t *host = io->nvme->bounce + NVME_BOUNCE / 2;
     uint32_t status = map(io, &view);
     for (uint64_t i = 0; i < io->blocks && !status; i++) {
-        uint8_t *metadata, given[64];
+        uint8_t *metadata, given[PV_NVME_MAX_METADATA];
         status = load(io, i, &metadata);
         if (!status)
             status = nvme_from_host(io->nvme, &io->nvme->data, host, nvme_bytes(ns, 1));

@@ -55,20 +55,10 @@ uint32_t nvme_write_zeroes(struct nvme_io *io)
 
 uint32_t nvme_write_uncorrectable(struct nvme_io *io)
 {
-    struct nvme_namespace *ns = io->ns;
     uint32_t status = nvme_check_writable(io);
     if (!status)
         status = nvme_check_range(io, io->lba, io->blocks);
-    if (status)
-        return status;
-    if (!ns->unusable && !(ns->unusable = calloc(ns->format.blocks / 8 + 1, 1)))
-        return NVME_SC_INTERNAL;
-    for (uint64_t i = io->lba; i < io->lba + io->blocks; i++) {
-        uint8_t bit = (uint8_t)(1u << i % 8);
-        ns->unusable_blocks += !(ns->unusable[i / 8] & bit);
-        ns->unusable[i / 8] |= bit;
-    }
-    return 0;
+    return status ? status : nvme_make_unusable(io->ns, io->lba, io->blocks);
 }
 
 uint32_t nvme_dsm(struct nvme_io *io)
@@ -89,32 +79,59 @@ uint32_t nvme_dsm(struct nvme_io *io)
     return status;
 }
 
-/* Blocks and their metadata, by way of the bounce buffer; the destination does not lie between what is still to come. */
-static uint32_t copy_blocks(struct nvme_io *io, uint64_t from, uint64_t to, uint64_t blocks)
+/*
+ * A block and its metadata, with protection: checked as PRINFOR says; then made anew, or taken along and checked as
+ * PRINFOW says, which finds that it names another block (NVM 3.2.2 and 5.2.2).
+ */
+static uint32_t copy_protected(struct nvme_io *io, const struct nvme_copy_range *range, uint64_t from, uint64_t to)
 {
     struct nvme_namespace *ns = io->ns;
+    uint8_t *block = io->nvme->bounce, metadata[PV_NVME_MAX_METADATA];
+    const uint32_t checks = NVME_RW_PRCHK_GUARD | NVME_RW_PRCHK_APP | NVME_RW_PRCHK_REF;
+    struct nvme_pi source = {io->cmd->cdw12 >> 12 << NVME_RW_PRINFO_SHIFT & checks, 0, (uint32_t)from, range->elbat,
+                             range->elbatm};
+    struct nvme_pi target = io->pi;
+    target.ref = (uint32_t)to;
+    if (nvme_backing_read(ns->backing, nvme_bytes(ns, from), block, nvme_bytes(ns, 1)))
+        return nvme_read_error(io);
+    memcpy(metadata, ns->metadata + from * ns->format.metadata, ns->format.metadata);
+    uint32_t status = nvme_pi_check(&ns->format, &source, block, metadata, 0);
+    if (!status && target.act)
+        nvme_pi_make(&ns->format, &target, block, metadata, 0);
+    else if (!status)
+        status = nvme_pi_check(&ns->format, &target, block, metadata, 0);
+    if (status)
+        return status;
+    if (nvme_backing_write(ns->backing, nvme_bytes(ns, to), block, nvme_bytes(ns, 1)))
+        return NVME_SC_WRITE_FAULT;
+    memcpy(ns->metadata + to * ns->format.metadata, metadata, ns->format.metadata);
+    return 0;
+}
+
+/* One range, forward, in pieces: where it overlaps its destination, some of it may have been overwritten before. */
+static uint32_t copy_blocks(struct nvme_io *io, const struct nvme_copy_range *range, uint64_t to)
+{
+    struct nvme_namespace *ns = io->ns;
+    uint64_t from = range->slba, blocks = range->nlb + 1ull;
+    uint32_t status = 0;
+    for (uint64_t i = 0; ns->format.pi && i < blocks && !status; i++)
+        status = copy_protected(io, range, from + i, to + i);
+    if (ns->format.pi)
+        return status;
     uint64_t source = nvme_bytes(ns, from), target = nvme_bytes(ns, to), left = nvme_bytes(ns, blocks);
     while (left) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
         if (nvme_backing_read(ns->backing, source, io->nvme->bounce, len))
-            return NVME_SC_READ_ERROR;
+            return nvme_read_error(io);
         if (nvme_backing_write(ns->backing, target, io->nvme->bounce, len))
             return NVME_SC_WRITE_FAULT;
         source += len;
         target += len;
         left -= len;
     }
-    for (uint64_t i = 0; ns->metadata && i < blocks; i++) {
-        uint8_t *metadata = ns->metadata + (to + i) * ns->format.metadata;
-        memmove(metadata, ns->metadata + (from + i) * ns->format.metadata, ns->format.metadata);
-        if (!ns->format.pi)
-            continue;
-        /* The blocks have other reference tags now: the information is made anew (NVM 3.2.2.1, PRINFOW). */
-        struct nvme_pi pi = {.ref = (uint32_t)(to + i), .app = (uint16_t)io->cmd->cdw15};
-        if (nvme_backing_read(ns->backing, nvme_bytes(ns, to + i), io->nvme->bounce, nvme_bytes(ns, 1)))
-            return NVME_SC_READ_ERROR;
-        nvme_pi_make(&ns->format, &pi, io->nvme->bounce, metadata, 0);
-    }
+    if (ns->metadata)
+        memmove(ns->metadata + to * ns->format.metadata, ns->metadata + from * ns->format.metadata,
+                blocks * ns->format.metadata);
     return 0;
 }
 
@@ -129,7 +146,7 @@ static uint32_t check_copy(struct nvme_io *io, const struct nvme_copy_range *ran
         if (status)
             return status;
         if (!nvme_usable(io->ns, range[i].slba, blocks))
-            return NVME_SC_READ_ERROR;
+            return nvme_read_error(io);
     }
     if (total > PV_NVME_COPY_MCL)
         return nvme_field(io, BYTE_CDW12, NVME_SC_CMD_SIZE_LIMIT_EXCEEDED);
@@ -154,9 +171,11 @@ uint32_t nvme_copy(struct nvme_io *io)
         status = nvme_from_host(nvme, &nvme->data, (uint8_t *)range, count * sizeof(*range));
     if (!status)
         status = check_copy(io, range, count);
+    if (!status)
+        status = nvme_pi_of(&io->ns->format, io->cmd, &io->pi);
     uint64_t to = io->lba;
     for (uint32_t i = 0; i < count && !status; i++) {
-        status = copy_blocks(io, range[i].slba, to, range[i].nlb + 1ull);
+        status = copy_blocks(io, &range[i], to);
         to += range[i].nlb + 1ull;
         if (status)
             io->request->result = i; /* the range that was not copied whole (NVM 3.2.2.2) */

@@ -25,6 +25,7 @@
 #define PV_NVME_NAMESPACES 256
 #define PV_NVME_ERRORS 64
 #define PV_NVME_MAX_DSTRD 4
+#define PV_NVME_MAX_METADATA 64 /* bytes a block */
 /* Limits of Copy: blocks in a range, in all, ranges (zero-based). */
 #define PV_NVME_COPY_MSSRL 4096
 #define PV_NVME_COPY_MCL 65536
@@ -45,6 +46,7 @@ struct pv_nvme_backing;
 struct pv_nvme_config {
     uint32_t dstrd;
     uint32_t mdts_shift; /* a power of two of 4 KiB, at most 9 */
+    uint32_t namespaces; /* Identify Controller, NN: at most PV_NVME_NAMESPACES; 0: that many */
     uint32_t poll_doorbells; /* not 0: the doorbell page may be written without anybody telling us */
 };
 
@@ -130,9 +132,9 @@ uint32_t pv_nvme_errors(struct pv_nvme *nvme, struct nvme_error_log_entry *out, 
 void pv_nvme_log_error(struct pv_nvme *nvme, const struct nvme_error_log_entry *entry);
 
 /* What a rule does to the commands it matches. */
-#define PV_NVME_INJECT_DELAY 1          /* begins delay_ns later */
+#define PV_NVME_INJECT_DELAY 1          /* begins delay_ns later; not of a fused pair, which is one operation */
 #define PV_NVME_INJECT_DROP 2           /* never completes; an abort finds it */
-#define PV_NVME_INJECT_STATUS 3         /* ends with `status`, nothing done */
+#define PV_NVME_INJECT_STATUS 3         /* ends with `status` (0: it lies), nothing done */
 #define PV_NVME_INJECT_CORRUPT 4        /* one bit of a read's or write's data flips, and it succeeds */
 #define PV_NVME_INJECT_LOSE_INTERRUPT 5 /* completes without its interrupt */
 #define PV_NVME_INJECT_FATAL 6          /* the controller goes into fatal status */
@@ -162,7 +164,7 @@ void pv_nvme_inject_seed(struct pv_nvme *nvme, uint64_t seed);
 /* When an inline engine wants to be kicked, CLOCK_MONOTONIC ns; 0: not. */
 uint64_t pv_nvme_due(struct pv_nvme *nvme);
 
-/* Backings. `size` is a multiple of 4096. NULL with errno. The creator holds one reference. */
+/* Backings. `size` is a multiple of 4096, of an image of 512. NULL with errno. The creator holds one reference. */
 struct pv_nvme_backing *pv_nvme_memory(uint64_t size);
 /*
  * An image. The descriptor is duplicated. `volatile_cache`: writes stay in a cache of ours until a sync, as in a drive

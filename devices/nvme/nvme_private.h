@@ -16,6 +16,8 @@
 #define NVME_BOUNCE (128u << 10)
 #define NVME_MAX_WAITING 8192         /* commands in flight outside their queues */
 #define NVME_LATER 0x10000u           /* not a status: the command completes later */
+#define NVME_ENDED 0x20000u           /* beside a status: a rule ended the command, and it may be success */
+#define NVME_MAX_SGL_DESCRIPTORS 4096 /* of a command, whatever they describe */
 
 struct nvme_sq {
     bool live;
@@ -56,8 +58,8 @@ struct nvme_data {
 struct nvme_namespace {
     struct pv_nvme_backing *backing;
     struct pv_nvme_format format;
-    uint8_t *metadata;         /* of all blocks, where the format has it */
-    uint8_t *unusable; /* a bit a block: Write Uncorrectable; NULL: none */
+    uint8_t *metadata;  /* of all blocks, where the format has it; in memory, and gone with the namespace */
+    uint64_t *unusable; /* a bit a block: Write Uncorrectable; NULL: none */
     uint64_t unusable_blocks;
     bool write_protected, detached;
 };
@@ -98,6 +100,7 @@ struct pv_nvme {
     uint32_t ams, burst, weight[4], credit[4];
     uint64_t ready_sq[2]; /* SQs that have work */
     uint32_t next_sq;
+    bool held; /* completions wait for bus mastering */
     struct nvme_sq sq[PV_NVME_QUEUES];
     struct nvme_cq cq[PV_NVME_QUEUES];
     uint32_t coalesce_threshold;
@@ -174,7 +177,7 @@ struct nvme_waiting *nvme_wait_until(struct pv_nvme *nvme, const struct nvme_req
 void nvme_end_waiting(struct pv_nvme *nvme, int sq, uint32_t status);
 /* What is due, and what came back from the sync worker. */
 bool nvme_run_waiting(struct pv_nvme *nvme);
-/* The earliest time at which something is to be done, told to whoever wakes the engine. */
+/* The earliest time at which something is to be done, told to whoever wakes the engine; none of a dead controller. */
 void nvme_set_due(struct pv_nvme *nvme);
 
 /* sync.c: a sync of the backing in the background, then the command completes. 0, or a status. */
@@ -187,7 +190,9 @@ void nvme_post(struct pv_nvme *nvme, struct nvme_cq *cq, const struct nvme_compl
 uint32_t nvme_cq_room(const struct nvme_cq *cq);
 /* The driver has taken completions: what waited goes out. */
 void nvme_cq_moved(struct pv_nvme *nvme, struct nvme_cq *cq);
-/* Interrupts that coalescing holds and whose time has come; when the next one is due, 0: none. */
+/* After DMA was cancelled and is possible again. */
+void nvme_release_held(struct pv_nvme *nvme);
+/* Interrupts that coalescing holds and whose time has come; when the next one is due, NVME_NEVER: none. */
 uint64_t nvme_ring_due(struct pv_nvme *nvme, uint64_t now);
 void nvme_note_error(struct pv_nvme *nvme, const struct nvme_request *request, uint32_t status);
 
@@ -196,7 +201,7 @@ uint32_t nvme_map_data(struct pv_nvme *nvme, const struct nvme_command *cmd, uin
 uint32_t nvme_to_host(struct pv_nvme *nvme, struct nvme_data *data, const uint8_t *from, uint64_t n);
 uint32_t nvme_from_host(struct pv_nvme *nvme, struct nvme_data *data, uint8_t *to, uint64_t n);
 
-/* inject.c: what a rule does to a command before it runs: 0 (it runs), a status, or NVME_LATER. */
+/* inject.c: what a rule does to a command before it runs: 0 (it runs), a status with NVME_ENDED, or NVME_LATER. */
 uint32_t nvme_inject(struct pv_nvme *nvme, struct nvme_request *request);
 /* After it ran well, where it is to be corrupted. */
 void nvme_corrupt(struct pv_nvme *nvme, const struct nvme_request *request);

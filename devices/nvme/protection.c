@@ -68,11 +68,11 @@ uint32_t nvme_pi_of(const struct pv_nvme_format *format, const struct nvme_comma
         return 0;
     pi->check = cmd->cdw12 & (NVME_RW_PRCHK_GUARD | NVME_RW_PRCHK_APP | NVME_RW_PRCHK_REF);
     pi->act = cmd->cdw12 & NVME_RW_PRACT;
-    pi->ref = cmd->cdw14;
+    pi->ref = (uint32_t)slba;
     pi->app = (uint16_t)cmd->cdw15;
     pi->app_mask = (uint16_t)(cmd->cdw15 >> 16);
-    /* Type 1: the initial reference tag is the low part of the first LBA (NVM 5.2.1.5). */
-    if ((pi->check & NVME_RW_PRCHK_REF || pi->act) && pi->ref != (uint32_t)slba)
+    /* Type 1: reference tags are the low part of the LBA; a command that has them checked says so (NVM 5.2.1.5). */
+    if (pi->check & NVME_RW_PRCHK_REF && cmd->cdw14 != pi->ref)
         return NVME_SC_INVALID_PI | NVME_STATUS_DNR;
     return 0;
 }

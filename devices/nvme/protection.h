@@ -19,6 +19,12 @@ uint32_t nvme_pi_of(const struct pv_nvme_format *format, const struct nvme_comma
 /* The n-th block of a command: 0, or the status of the check it fails. */
 uint32_t nvme_pi_check(const struct pv_nvme_format *format, const struct nvme_pi *pi, const uint8_t *block,
                        const uint8_t *metadata, uint64_t n);
+/* Bytes of metadata a block that the host has: none where PRACT takes all of it (NVM 5.2.2). */
+static inline uint32_t nvme_host_metadata(const struct pv_nvme_format *format, const struct nvme_pi *pi)
+{
+    return format->pi && pi->act && format->metadata == 8 ? 0 : format->metadata;
+}
+/* Makes the n-th block's. */
 void nvme_pi_make(const struct pv_nvme_format *format, const struct nvme_pi *pi, const uint8_t *block,
                   uint8_t *metadata, uint64_t n);
 

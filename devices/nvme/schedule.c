@@ -35,6 +35,12 @@ static bool has_credit(const struct pv_nvme *nvme, uint32_t id)
     return nvme->credit[nvme->sq[id].priority] != 0;
 }
 
+static bool is_dead(struct pv_nvme *nvme)
+{
+    return atomic_load_explicit(&nvme->fatal, memory_order_relaxed) ||
+           atomic_load_explicit(&nvme->gone, memory_order_relaxed);
+}
+
 /* Weighted round robin: the admin queue, the urgent ones, then the rest by credit (Base 3.4.4.2). */
 static int pick_weighted(struct pv_nvme *nvme, uint32_t *most)
 {
@@ -46,10 +52,9 @@ static int pick_weighted(struct pv_nvme *nvme, uint32_t *most)
     for (int round = 0; round < 2; round++) {
         id = next_ready(nvme, has_credit);
         if (id >= 0) {
-            uint32_t *credit = &nvme->credit[nvme->sq[id].priority];
-            if (*most > *credit)
-                *most = *credit;
-            *credit -= *most;
+            uint32_t credit = nvme->credit[nvme->sq[id].priority];
+            if (*most > credit)
+                *most = credit;
             return id;
         }
         for (int i = 0; i < 4; i++)
@@ -65,6 +70,13 @@ static int pick(struct pv_nvme *nvme, uint32_t *most)
     if (id >= 0)
         nvme->next_sq = (uint32_t)id + 1;
     return id;
+}
+
+/* A priority class pays for what was fetched. */
+static void charge(struct pv_nvme *nvme, const struct nvme_sq *sq, uint32_t count)
+{
+    uint32_t *credit = &nvme->credit[sq->priority];
+    *credit -= count < *credit ? count : *credit;
 }
 
 static uint32_t waiting_in(const struct nvme_sq *sq)
@@ -138,7 +150,7 @@ struct burst {
 static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint32_t status)
 {
     struct nvme_sq *sq = b->sq;
-    struct nvme_request request = {.cmd = &b->cmd[i], .sq = b->id};
+    struct nvme_request request = {.cmd = &b->cmd[i], .sq = b->id, .location = NVME_ERROR_LOCATION_NONE};
     sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
     if (!status && nvme->rules.used)
         status = nvme_inject(nvme, &request);
@@ -146,10 +158,9 @@ static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint3
         status = nvme_io(nvme, &request);
     if (status == NVME_LATER)
         return status;
+    status &= ~NVME_ENDED;
     if (status)
         nvme_note_error(nvme, &request, status);
-    else if (request.corrupt)
-        nvme_corrupt(nvme, &request);
     b->done[b->completed++] = (struct nvme_completion){.result = (uint32_t)request.result,
                                                        .result_hi = (uint32_t)(request.result >> 32),
                                                        .sq_head = (uint16_t)sq->head,
@@ -162,10 +173,12 @@ static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint3
 /* Two fused commands, or what is left of them; how many commands that was. */
 static uint32_t run_fused(struct pv_nvme *nvme, struct burst *b, uint32_t i)
 {
-    bool first = (b->cmd[i].flags & NVME_CMD_FUSE_MASK) == NVME_CMD_FUSE_FIRST;
-    bool pair = first && i + 1 < b->count && (b->cmd[i + 1].flags & NVME_CMD_FUSE_MASK) == NVME_CMD_FUSE_SECOND;
+    uint8_t fuse = b->cmd[i].flags & NVME_CMD_FUSE_MASK;
+    bool pair = fuse == NVME_CMD_FUSE_FIRST && i + 1 < b->count &&
+                (b->cmd[i + 1].flags & NVME_CMD_FUSE_MASK) == NVME_CMD_FUSE_SECOND;
     if (!pair) {
-        run_one(nvme, b, i, NVME_SC_FUSED_MISSING | NVME_STATUS_DNR);
+        bool reserved = fuse == NVME_CMD_FUSE_MASK;
+        run_one(nvme, b, i, (reserved ? NVME_SC_INVALID_FIELD : NVME_SC_FUSED_MISSING) | NVME_STATUS_DNR);
         return 1;
     }
     uint32_t wrong = check_pair(&b->cmd[i], &b->cmd[i + 1]);
@@ -177,7 +190,7 @@ static uint32_t run_fused(struct pv_nvme *nvme, struct burst *b, uint32_t i)
 static int run_admin(struct pv_nvme *nvme, struct burst *b)
 {
     struct nvme_sq *sq = b->sq;
-    for (uint32_t i = 0; i < b->count; i++) {
+    for (uint32_t i = 0; i < b->count && !is_dead(nvme); i++) {
         if (!pv_engine_gate(nvme->engine))
             return PV_STEP_STOPPED;
         struct nvme_request request = {.cmd = &b->cmd[i], .location = NVME_ERROR_LOCATION_NONE};
@@ -186,7 +199,7 @@ static int run_admin(struct pv_nvme *nvme, struct burst *b)
             return PV_STEP_IDLE;
         sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
         if (status && status != NVME_LATER)
-            nvme_end(nvme, 0, b->cmd[i].cid, status, 0);
+            nvme_end(nvme, 0, b->cmd[i].cid, status & ~NVME_ENDED, 0);
     }
     return PV_STEP_PROGRESS;
 }
@@ -194,7 +207,7 @@ static int run_admin(struct pv_nvme *nvme, struct burst *b)
 static int run_io(struct pv_nvme *nvme, struct burst *b)
 {
     int result = PV_STEP_PROGRESS;
-    for (uint32_t i = 0; i < b->count && !atomic_load_explicit(&nvme->fatal, memory_order_relaxed);) {
+    for (uint32_t i = 0; i < b->count && !is_dead(nvme);) {
         if (!pv_engine_gate(nvme->engine)) {
             result = PV_STEP_STOPPED;
             break;
@@ -235,13 +248,14 @@ static int run_burst(struct pv_nvme *nvme, uint32_t id, uint32_t most)
         b.count = room;
     int result = PV_STEP_PROGRESS;
     if (!b.count) {
-        cq->starved = waiting != 0;
+        cq->starved |= waiting != 0;
     } else if (fetch(nvme, b.sq, b.cmd, b.count)) {
         return PV_STEP_IDLE;
     } else if (!id) {
         result = run_admin(nvme, &b);
     } else {
         b.count = whole_pairs(nvme, &b, waiting);
+        charge(nvme, b.sq, b.count);
         result = run_io(nvme, &b);
     }
     if (b.sq->head == b.sq->tail || !b.count)
@@ -252,9 +266,16 @@ static int run_burst(struct pv_nvme *nvme, uint32_t id, uint32_t most)
 int nvme_step(void *device)
 {
     struct pv_nvme *nvme = device;
-    if (!atomic_load_explicit(&nvme->ready, memory_order_acquire) || !atomic_load(&nvme->enabled) ||
-        atomic_load(&nvme->fatal) || atomic_load(&nvme->gone))
+    if (!atomic_load_explicit(&nvme->ready, memory_order_acquire) || !atomic_load(&nvme->enabled))
         return PV_STEP_IDLE;
+    if (is_dead(nvme)) {
+        nvme_set_due(nvme);
+        return PV_STEP_IDLE;
+    }
+    if (atomic_load_explicit(&nvme->bus->cancel, memory_order_relaxed))
+        return PV_STEP_IDLE;
+    if (nvme->held)
+        nvme_release_held(nvme);
     bool any = nvme_hear(nvme);
     any |= nvme_run_waiting(nvme);
     uint32_t most;

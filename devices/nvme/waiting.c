@@ -75,13 +75,16 @@ static void run_due(struct pv_nvme *nvme, struct nvme_waiting **at)
     struct nvme_command cmd = (*at)->cmd;
     uint32_t sq = (*at)->sq, status = (*at)->status;
     leave(nvme, at);
-    struct nvme_request request = {.cmd = &cmd, .sq = sq};
+    struct nvme_request request = {.cmd = &cmd, .sq = sq, .location = NVME_ERROR_LOCATION_NONE};
     if (status == NVME_LATER && !sq)
         status = nvme_hand_over(nvme, &cmd) ? NVME_LATER : NVME_SC_INTERNAL;
     else if (status == NVME_LATER)
         status = nvme_io(nvme, &request);
-    if (status != NVME_LATER)
-        nvme_end(nvme, sq, cmd.cid, status, request.result);
+    if (status == NVME_LATER)
+        return;
+    if (status)
+        nvme_note_error(nvme, &request, status);
+    nvme_end(nvme, sq, cmd.cid, status, request.result);
 }
 
 /* What the worker gives back; it has set the status. */
@@ -149,8 +152,9 @@ bool nvme_run_waiting(struct pv_nvme *nvme)
 
 void nvme_set_due(struct pv_nvme *nvme)
 {
-    uint64_t due = nvme->waiting ? nvme->waiting->due : NVME_NEVER;
-    for (uint32_t i = 1; nvme->coalesce_threshold && i < PV_NVME_QUEUES; i++)
+    bool dead = atomic_load(&nvme->fatal) || atomic_load(&nvme->gone);
+    uint64_t due = nvme->waiting && !dead ? nvme->waiting->due : NVME_NEVER;
+    for (uint32_t i = 1; nvme->coalesce_threshold && !dead && i < PV_NVME_QUEUES; i++)
         if (nvme->cq[i].unrung && nvme->cq[i].ring_at < due)
             due = nvme->cq[i].ring_at;
     if (due == atomic_load_explicit(&nvme->due, memory_order_relaxed))
