@@ -270,7 +270,7 @@ class AdminQueue(CommandQueue):
         self._start(command, Sqe(lib.NVME_ADMIN_ASYNC_EVENT))
 
     def _hand_out(
-        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: NDArray[np.uint32]
+        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: list[int]
     ) -> Completions:
         others = super()._hand_out(cids, status, results)
         for command in [command for command in self._requests if command.done]:

@@ -263,14 +263,17 @@ class QueuePair(VectorQueue):
         control: int,
         deadline: float | None,
     ) -> None:
-        where = np.array([lba, iova, metadata or 0], dtype=np.uint64)
-
         def start(command: Command) -> None:
-            place = where[2:] if metadata is not None else None
-            cids = self.submit_nowait(
-                opcode, namespace.nsid, where[:1], blocks, where[1:2], control=control, metadata=place
-            )
-            command.cid = int(cids[0])
+            if metadata is None:
+                command.cid = self.submit_one_nowait(
+                    opcode, namespace.nsid, lba, blocks, iova, control=control
+                )
+            else:
+                where = np.array([lba, iova, metadata], dtype=np.uint64)
+                cids = self.submit_nowait(
+                    opcode, namespace.nsid, where[:1], blocks, where[1:2], control=control, metadata=where[2:]
+                )
+                command.cid = int(cids[0])
             self._waiters[command.cid] = command
 
         self._judge(await self._run(start, opcode_name(opcode), deadline), opcode, namespace.nsid, lba)

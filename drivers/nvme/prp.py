@@ -57,6 +57,8 @@ class PrpLists:
     ) -> None:
         """Writes PRP2 of the last ``len(cids)`` commands of a ring: zero, the second page, or a list."""
         iovas = np.asarray(iovas, dtype=np.uint64)
+        if isinstance(length, int) and length <= PAGE and not np.bitwise_or.reduce(iovas) & _OFFSET:
+            return  # one page each, and the template's zero is in PRP2
         offsets = iovas & _OFFSET
         pages = (
             (offsets + np.uint64(length) if isinstance(length, int) else offsets + length) + _OFFSET

@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from pvfio.abi import lib
+from pvfio.drivers.nvme.prp import PAGE, PrpLists
 from pvfio.drivers.nvme.queue import COMPLETIONS, CommandQueue, Completion, now
 from pvfio.drivers.nvme.ring import NOTHING, Completions, Template
 from pvfio.errors import DeadlineExceeded
@@ -22,7 +23,6 @@ from pvfio.errors import DeadlineExceeded
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pvfio.drivers.nvme.prp import PrpLists
     from pvfio.drivers.nvme.recovery import Controller
     from pvfio.drivers.nvme.ring import Ring
 
@@ -100,6 +100,34 @@ class VectorQueue(CommandQueue):
             self._ring.overwrite(2, metadata)
         self._ring.ring()
         return cids
+
+    def submit_one_nowait(
+        self, opcode: int, nsid: int, lba: int, blocks: int, iova: int, *, control: int = 0
+    ) -> int:
+        """``submit_nowait`` of a single command in plain numbers, which is faster for one; its identifier."""
+        self._check()
+        if self._paused or not self._ring.room:
+            raise trio.WouldBlock
+        template, length = self._template(opcode, nsid, blocks, control)
+        cid = self._ring.take_one(now())
+        self._ring.fill_one(template, cid, lba, iova)
+        if self._lists is not None and length > PAGE - iova % PAGE:
+            where = np.array([iova], dtype=np.uint64)
+            self._lists.point(self._ring, np.array([cid]), where, length)
+        self._ring.ring()
+        return cid
+
+    def reap_one_nowait(self, wait_ns: int = 0) -> tuple[int, int] | None:
+        """``reap_nowait`` of a single command: identifier and status, None where none completed.
+
+        Blocks the thread for up to ``wait_ns``. Not while tasks await commands of this queue: ``RuntimeError``.
+        """
+        if self._waiters:
+            raise RuntimeError("a task awaits a command of this queue")
+        if self._ready:
+            done = self._taken(1)
+            return int(done.cids[0]), int(done.status[0])
+        return self._ring.reap_one(wait_ns)
 
     def _template(self, opcode: int, nsid: int, blocks: int, control: int) -> tuple[Template, int]:
         """The template of a kind of command, and how many bytes it moves."""

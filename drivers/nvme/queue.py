@@ -224,13 +224,13 @@ class CommandQueue:
             raise
         if taken is None:
             return None
-        cids, status, results = taken
+        cids, status = taken
         if not self._waiters:
             return Completions(cids, status, int(np.count_nonzero(status)))
-        return self._hand_out(cids, status, results)
+        return self._hand_out(cids, status, self._ring.results(len(cids)))
 
     def _hand_out(
-        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: NDArray[np.uint32]
+        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: list[int]
     ) -> Completions:
         others = []
         for index, cid in enumerate(cids.tolist()):
@@ -238,7 +238,7 @@ class CommandQueue:
             if command is None:
                 others.append(index)
                 continue
-            command.status, command.result = int(status[index]), int(results[index])
+            command.status, command.result = int(status[index]), results[index]
             command.done = True
         if len(others) < len(cids):
             cids, status = cids[others], status[others]

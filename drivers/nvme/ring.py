@@ -12,7 +12,7 @@ not complete (queue.py), shadow doorbells.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
 
@@ -105,6 +105,11 @@ class Ring:
         self._cq_cid: NDArray[np.uint16] = halves[:, _CID16]
         self._cq_status: NDArray[np.uint16] = halves[:, _STATUS16]
         self._cq_result: NDArray[np.uint32] = completions.view(np.uint32).reshape(cq_entries, 4)[:, _DW0]
+        # The controller needs room for what is outstanding; it is told of the rest now and then.
+        self._most_unacknowledged = max(1, cq_entries - 1 - self.depth)
+        self._cqe = ffi.cast("struct nvme_completion *", ffi.from_buffer(completions))
+        self._sqe = ffi.cast("struct nvme_command *", ffi.from_buffer(submissions))
+        self._sqe_words = ffi.cast("uint64_t *", self._sqe)
         self._phases = ffi.cast("uint8_t *", ffi.from_buffer(completions)) + 2 * _STATUS16
         self.since: NDArray[np.int64] = np.zeros(self.depth, dtype=np.int64)
         self._free: NDArray[np.intp] = np.empty(self.depth, dtype=np.intp)
@@ -153,6 +158,31 @@ class Ring:
         self._sq[start : start + _SQE] = np.frombuffer(command, dtype=np.uint8)
         self._painted = None
         self._advance(1)
+
+    def take_one(self, now: int) -> int:
+        """``take`` of one identifier, as a number."""
+        self._top -= 1
+        self.outstanding += 1
+        cid = int(self._free[self._top])
+        self.since[cid] = now
+        return cid
+
+    def fill_one(self, template: Template, cid: int, lba: int, address: int) -> None:
+        """``fill`` of one command, in numbers."""
+        if template is not self._painted:
+            self._painted, self._unpainted = template, self.entries
+        tail = self._tail
+        words, first = self._sqe_words, tail * (_SQE // 8)
+        words[first + 3] = address
+        words[first + 5] = lba
+        if self._unpainted > 0:
+            self._unpainted -= 1
+            words[first] = template.word0
+            words[first + 1] = words[first + 2] = words[first + 7] = 0
+            words[first + 4] = template.word4
+            words[first + 6] = template.word6
+        self._sqe[tail].cid = cid
+        self._tail = tail + 1 if tail + 1 < self.entries else 0
 
     def fill(
         self,
@@ -225,8 +255,8 @@ class Ring:
 
     def reap(
         self, most: int | None = None, *, least: int = 1, wait_ns: int = 0
-    ) -> tuple[NDArray[np.intp], NDArray[np.uint16], NDArray[np.uint32]] | None:
-        """Takes completions from the queue: identifiers, status words with their phase tag shifted out, results.
+    ) -> tuple[NDArray[np.intp], NDArray[np.uint16]] | None:
+        """Takes completions from the queue: identifiers, and status words with their phase tag shifted out.
 
         At most ``most``, up to the end of the queue's memory (there may be more after it); None: there are none.
         Blocks the thread for up to ``wait_ns`` while there are fewer than ``least``. Raises ``DeviceFailed`` for
@@ -242,13 +272,44 @@ class Ring:
         end = head + count
         cids = self._cq_cid[head:end].astype(np.intp)
         status: NDArray[np.uint16] = self._cq_status[head:end] >> _ONE
-        results = self._cq_result[head:end]
         if end == self.cq_entries:
             self._head, self._phase = 0, self._phase ^ 1
         else:
             self._head = end
         self._retire(cids, count)
-        return cids, status, results
+        return cids, status
+
+    def reap_one(self, wait_ns: int = 0) -> tuple[int, int] | None:
+        """As ``reap`` with ``most`` 1, in numbers."""
+        head = self._head
+        if not self.outstanding or not lib.pv_wait_run(
+            self._phases + head * _CQE, _CQE, 1, 1, self._phase, 1, wait_ns
+        ):
+            return None
+        entry = self._cqe[head]
+        cid, status = entry.cid, entry.status >> 1
+        if cid >= self.depth or not self.since[cid]:
+            self._distrust()
+        self.since[cid] = 0
+        self._free[self._top] = cid
+        self._top += 1
+        self.outstanding -= 1
+        if head + 1 == self.cq_entries:
+            self._head, self._phase = 0, self._phase ^ 1
+        else:
+            self._head = head + 1
+        self._unacknowledged += 1
+        if self._unacknowledged >= self._most_unacknowledged:
+            self.acknowledge()
+        return cid, status
+
+    def results(self, count: int) -> list[int]:
+        """The command-specific dwords of the ``count`` completions that were taken last; before anything is submitted."""
+        end = self._head or self.cq_entries
+        return self._cq_result[end - count : end].tolist()
+
+    def _distrust(self) -> NoReturn:
+        raise DeviceFailed(self._region.device, "it completed a command that was not in flight")
 
     def _retire(self, cids: NDArray[np.intp], count: int) -> None:
         """The identifiers are free again. A completion nobody waits for is a controller that is not to be trusted."""
@@ -259,13 +320,12 @@ class Ring:
             since = since[:0]
         self.outstanding -= count
         if np.count_nonzero(since) != self.outstanding:
-            raise DeviceFailed(self._region.device, "it completed a command that was not in flight")
+            self._distrust()
         top = self._top + count
         self._free[self._top : top] = cids
         self._top = top
         self._unacknowledged += count
-        # The controller needs room for what is outstanding; it is told of the rest now and then.
-        if self.cq_entries - 1 - self._unacknowledged <= self.depth:
+        if self._unacknowledged >= self._most_unacknowledged:
             self.acknowledge()
 
     def acknowledge(self) -> None:
