@@ -13,6 +13,15 @@ from pvfio.drivers.nvme.admin import AdminQueue, AsyncEvent
 from pvfio.drivers.nvme.driver import NvmeDriver
 from pvfio.drivers.nvme.errors import NvmeError, OperationAborted, opcode_name, status_name
 from pvfio.drivers.nvme.identify import IdentifyController, LbaFormat, Namespace
+from pvfio.drivers.nvme.logs import (
+    EffectsLog,
+    ErrorLogEntry,
+    FirmwareLog,
+    SanitizeLog,
+    SelfTestLog,
+    SelfTestResult,
+    SmartLog,
+)
 from pvfio.drivers.nvme.operations import QueuePair
 from pvfio.drivers.nvme.queue import Completion
 from pvfio.drivers.nvme.ring import Completions
@@ -23,6 +32,9 @@ __all__ = [
     "AsyncEvent",
     "Completion",
     "Completions",
+    "EffectsLog",
+    "ErrorLogEntry",
+    "FirmwareLog",
     "IdentifyController",
     "LbaFormat",
     "Namespace",
@@ -30,6 +42,10 @@ __all__ = [
     "NvmeError",
     "OperationAborted",
     "QueuePair",
+    "SanitizeLog",
+    "SelfTestLog",
+    "SelfTestResult",
+    "SmartLog",
     "Sqe",
     "opcode_name",
     "status_name",

@@ -8,14 +8,13 @@ management, reservations.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 import trio
 
 from pvfio.abi import lib
-from pvfio.drivers.nvme.identify import Namespace, parse_list, parse_namespace
+from pvfio.drivers.nvme.management import Management
 from pvfio.drivers.nvme.queue import COMPLETIONS, Completion
-from pvfio.drivers.nvme.recovery import Controller
 from pvfio.errors import DeviceFailed
 
 if TYPE_CHECKING:
@@ -25,10 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NvmeDriver"]
 
-_LIST_LENGTH: Final = 1024
 
-
-class NvmeDriver(Controller):
+class NvmeDriver(Management):
     """A controller, ready to work inside ``async with NvmeDriver(device) as nvme``.
 
     ``device`` is an open VFIO device; it stays the caller's. ``queues``: how many I/O queues to ask for; the
@@ -83,27 +80,6 @@ class NvmeDriver(Controller):
         with trio.CancelScope(shield=True):
             await self._stop()
         await trio.lowlevel.checkpoint_if_cancelled()
-
-    async def rescan(self) -> dict[int, Namespace]:
-        """Looks for active namespaces again (NVMe Base 2.0c 5.17.2.3); they are in ``namespaces`` afterwards.
-
-        Cancelled: what was known before stays.
-        """
-        found: dict[int, Namespace] = {}
-        last = 0
-        while True:
-            numbers = parse_list(await self.admin.identify(lib.NVME_ID_CNS_NS_ACTIVE_LIST, last))
-            for nsid in numbers:
-                namespace = parse_namespace(nsid, await self.admin.identify(lib.NVME_ID_CNS_NS, nsid))
-                if namespace is not None:
-                    found[nsid] = namespace
-            if len(numbers) < _LIST_LENGTH:
-                break
-            last = numbers[-1]
-        self.namespaces = found
-        for queue in self.queues:
-            queue._templates.clear()
-        return found
 
     # On the first queue
 

@@ -129,6 +129,10 @@ class VectorQueue(CommandQueue):
             return int(done.cids[0]), int(done.status[0])
         return self._ring.reap_one(wait_ns)
 
+    def forget_templates(self) -> None:
+        """The namespaces may be others now, or other formats."""
+        self._templates.clear()
+
     def _template(self, opcode: int, nsid: int, blocks: int, control: int) -> tuple[Template, int]:
         """The template of a kind of command, and how many bytes it moves."""
         key = (opcode, nsid, blocks, control)

@@ -304,9 +304,10 @@ class Ring:
         return cid, status
 
     def results(self, count: int) -> list[int]:
-        """The command-specific dwords of the ``count`` completions that were taken last; before anything is submitted."""
+        """The command-specific dwords of the ``count`` completions taken last; before anything is submitted."""
         end = self._head or self.cq_entries
-        return self._cq_result[end - count : end].tolist()
+        words: list[int] = self._cq_result[end - count : end].tolist()
+        return words
 
     def _distrust(self) -> NoReturn:
         raise DeviceFailed(self._region.device, "it completed a command that was not in flight")
