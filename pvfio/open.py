@@ -25,9 +25,14 @@ def _emulated(kind: str, query: str) -> MachineConfig:
     from pvfio.machine import DeviceSpec, MachineConfig
 
     options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
+    keys: tuple[str, ...] = _EMU_KEYS
+    if kind == "nvme":
+        from pvfio.open_nvme import KEYS, nvme_options
+
+        keys += KEYS
     for key in options:
-        if key not in _EMU_KEYS:
-            raise ValueError(f"emu: takes {', '.join(_EMU_KEYS)}, not {key!r}")
+        if key not in keys:
+            raise ValueError(f"emu:{kind} takes {', '.join(keys)}, not {key!r}")
     platform = options.get("platform", "intel")
     if platform not in ("intel", "amd"):
         raise ValueError(f"platform is intel or amd, not {platform!r}")
@@ -38,7 +43,7 @@ def _emulated(kind: str, query: str) -> MachineConfig:
         iommu=IommuConfig(platform="amd" if platform == "amd" else "intel"),
         engine="inline" if engine == "inline" else "thread",
         ram=int(options.get("ram", 512)) << 20,
-        devices=(DeviceSpec(kind=kind),),
+        devices=(DeviceSpec(kind=kind, options=nvme_options(options) if kind == "nvme" else {}),),
     )
 
 
@@ -47,8 +52,9 @@ async def open_device(uri: str) -> AsyncIterator[Device]:
     """Opens the device a URI names: ``async with pvfio.open_device("emu:dsa") as device``.
 
     ``emu:KIND[?platform=intel|amd&engine=thread|inline&ram=MiB]``: an embedded machine with one device of
-    that kind, in a container of its own (``device.container``). Leaving closes the device, which resets it,
-    and the machine. Raises ``ValueError`` for a URI that names nothing, and ``VfioError`` as opening does.
+    that kind, in a container of its own (``device.container``). An NVMe controller has more words
+    (``emu:nvme?image=/tmp/disk.img``, ``emu:nvme?size=1024&lba=512``): see open_nvme.py.
+    Leaving closes the device, which resets it, and the machine. Raises ``ValueError`` for a URI that names nothing, and ``VfioError`` as opening does.
     Cancelled: everything is closed.
     """
     scheme, _, rest = uri.partition(":")

@@ -406,6 +406,8 @@ int pv_nvme_set_namespace(struct pv_nvme *nvme, uint32_t nsid, struct pv_nvme_ba
     }
     pv_engine_pause(nvme->engine);
     struct nvme_namespace old = nvme->ns[nsid - 1];
+    made.refuse = backing ? old.refuse : 0;
+    made.write_protected = backing && old.write_protected;
     nvme->ns[nsid - 1] = made;
     pv_engine_unpause(nvme->engine);
     drop_namespace(&old);
@@ -421,12 +423,12 @@ void pv_nvme_write_protect(struct pv_nvme *nvme, uint32_t nsid, int on)
     pv_engine_unpause(nvme->engine);
 }
 
-void pv_nvme_attach_namespace(struct pv_nvme *nvme, uint32_t nsid, int on)
+void pv_nvme_refuse_namespace(struct pv_nvme *nvme, uint32_t nsid, uint32_t status)
 {
     if (!nsid || nsid > PV_NVME_NAMESPACES)
         return;
     pv_engine_pause(nvme->engine);
-    nvme->ns[nsid - 1].detached = !on;
+    nvme->ns[nsid - 1].refuse = status;
     pv_engine_unpause(nvme->engine);
 }
 

@@ -16,18 +16,24 @@ import trio
 
 from pvfio.abi import ffi, lib
 from pvfio.devices.nvme.admin import Admin
+from pvfio.devices.nvme.admin_namespaces import NamespaceCommands
 from pvfio.devices.nvme.admin_queues import QueueCommands
+from pvfio.devices.nvme.background import Background
 from pvfio.devices.nvme.config import NamespaceSpec, NvmeConfig
 from pvfio.devices.nvme.events import AsyncEvents
-from pvfio.devices.nvme.feature_table import FeatureTable
+from pvfio.devices.nvme.faults import FaultHooks
+from pvfio.devices.nvme.feature_table import UNTIL_POWER_CYCLE, FeatureTable
 from pvfio.devices.nvme.features import Features
 from pvfio.devices.nvme.firmware import Firmware
+from pvfio.devices.nvme.format import Format
 from pvfio.devices.nvme.health import Health
 from pvfio.devices.nvme.identify import Identify
 from pvfio.devices.nvme.keep_alive import KeepAlive
 from pvfio.devices.nvme.logs import Logs
 from pvfio.devices.nvme.namespaces import Namespaces
 from pvfio.devices.nvme.registers import EnableSettings, Registers
+from pvfio.devices.nvme.sanitize import Sanitize
+from pvfio.devices.nvme.self_test import SelfTest
 from pvfio.devices.pci import Bar, MsixLayout, PciFunction, PciIdentity
 from pvfio.silicon import BusMaster, Engine, EngineKind
 from pvfio.silicon.engine import KINDS
@@ -38,12 +44,13 @@ _BAR: Final = lib.NVME_BAR
 _DOORBELLS: Final[int] = lib.NVME_REG_DBS
 
 
-class NvmeDevice(PciFunction):
+class NvmeDevice(FaultHooks, PciFunction):
     """An NVMe controller.
 
     ``engine``: ``"inline"`` runs commands in whoever rings a doorbell, ``"thread"`` in a thread of the device's own;
-    the attribute ``engine`` is its handle. Admin commands are executed by ``run``. Raises ``MemoryError``, and
-    ``OSError`` for an image that cannot be opened.
+    the attribute ``engine`` is its handle. ``seed``: of injected faults (``inject``). ``health`` is what the drive says
+    of itself. Admin commands are executed by ``run``. Raises ``MemoryError``, and ``OSError`` for an image that cannot
+    be opened.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class NvmeDevice(PciFunction):
         config: NvmeConfig | None = None,
         namespaces: Sequence[NamespaceSpec] = (NamespaceSpec(),),
         ats: bool = True,
+        seed: int = 0,
     ) -> None:
         self.nvme_config = config = config or NvmeConfig()
         msix = MsixLayout(bar=_BAR, offset=config.msix_offset, vectors=config.vector_count)
@@ -72,6 +80,8 @@ class NvmeDevice(PciFunction):
         self._nvme = path.ptr
         self._mmio = path.mmio()
         self.engine = Engine(lib.pv_nvme_engine(self._nvme), path, engine)
+        self.seed_injections(seed)
+        self._gone = False
         self.registers = Registers(config, self)
         self._due_changed = trio.Event()
         self._shutdown_wanted = trio.Event()
@@ -89,10 +99,30 @@ class NvmeDevice(PciFunction):
         self._features = Features(self.namespaces)
         self._firmware = Firmware(config, self.events)
         self._logs = Logs(config, nvme, self._admin, self.events, self._features)
+        self._background = Background()
+        self._self_test = SelfTest(
+            config,
+            namespaces=self.namespaces,
+            events=self.events,
+            health=self.health,
+            background=self._background,
+        )
+        self.sanitize = Sanitize(
+            config,
+            nvme,
+            namespaces=self.namespaces,
+            events=self.events,
+            firmware=self._firmware,
+            background=self._background,
+            begins=lambda: self._self_test.abort(lib.NVME_SELF_TEST_RESULT_SANITIZE),
+        )
+        self._admin.guard = self.sanitize.guard
         self._logs.add(
             {
                 lib.NVME_LOG_SMART: lambda _: self.health.log(),
                 lib.NVME_LOG_FW_SLOT: lambda _: self._firmware.log(),
+                lib.NVME_LOG_SELF_TEST: lambda _: self._self_test.log(),
+                lib.NVME_LOG_SANITIZE: lambda _: self.sanitize.log(),
             }
         )
         FeatureTable(
@@ -112,15 +142,32 @@ class NvmeDevice(PciFunction):
             self._keep_alive,
             self._firmware,
             self._logs,
+            self._self_test,
+            self.sanitize,
+            NamespaceCommands(self.namespaces, self._namespace_changed, self._features.forget),
+            Format(
+                self.namespaces,
+                self._admin,
+                self._background,
+                lambda: self._self_test.abort(lib.NVME_SELF_TEST_RESULT_FORMAT),
+                self._logs.namespace_changed,
+            ),
             Identify(config, self.namespaces, self._firmware),
         ):
             self._admin.register(subject.handlers())
+
+    def _namespace_changed(self, nsid: int) -> None:
+        found = self.namespaces.by_nsid.get(nsid)
+        if found is None or not found.attached:
+            self._self_test.namespace_gone(nsid)
+        self._logs.namespace_changed(nsid)
 
     # The device's task.
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Executes admin commands, shutdowns and timers until cancelled. Commands in progress are left as they are."""
         async with trio.open_nursery() as nursery:
+            self._background.nursery = nursery
             nursery.start_soon(self._watch)
             nursery.start_soon(self._keep_alive.run)
             if self.engine.kind == "inline":
@@ -140,6 +187,8 @@ class NvmeDevice(PciFunction):
 
     def _heed(self, events: int) -> None:
         """What the data path has to say."""
+        if events & lib.PV_NVME_EVENT_VANISH:
+            self.remove()
         if events & lib.PV_NVME_EVENT_FATAL:
             self.registers.fail()
         if events & lib.PV_NVME_EVENT_DOORBELL:
@@ -182,7 +231,15 @@ class NvmeDevice(PciFunction):
         self.cancel_dma(True)
         lib.pv_nvme_disable(self._nvme)
         self.cancel_dma(False)
-        for subject in (self._admin, self.events, self._queues, self._logs, self._firmware, self.health):
+        for subject in (
+            self._admin,
+            self.events,
+            self._queues,
+            self._logs,
+            self._firmware,
+            self.health,
+            self._self_test,
+        ):
             subject.reset()
         self._keep_alive.set_timeout(0)
         self._features.reset()
@@ -207,7 +264,62 @@ class NvmeDevice(PciFunction):
         """INTMS and INTMC."""
         lib.pv_nvme_mask_pin(self._nvme, mask)
 
+    # The host's side.
+
+    def power_cycle(self) -> None:
+        """Power goes and comes back: as a reset, counted; protection until a power cycle ends (Base 8.12).
+
+        Unsafe unless the driver had shut the controller down. What the image has not on disk is not lost by this: kill
+        the process for that.
+        """
+        self.health.power_cycle(unsafe=not self.registers.safe)
+        self.registers.subsystem_was_reset = False
+        self.function_level_reset()
+        for nsid, found in self.namespaces.by_nsid.items():
+            if found.protection_state == UNTIL_POWER_CYCLE:
+                self.namespaces.protect(nsid, 0)
+                self._features.put(lib.NVME_FEAT_WRITE_PROTECT, nsid, 0)
+
+    def remove(self) -> None:
+        """Surprise removal: nothing answers any more, loads give ones, no DMA and no interrupt follows. For good."""
+        self._gone = True
+        self.cancel_dma(True)
+        lib.pv_nvme_decode(self._nvme, 0)
+        lib.pv_nvme_disable(self._nvme)
+        self.set_intx(False)
+
+    @property
+    def removed(self) -> bool:
+        """``remove`` happened, by itself or by an injected fault."""
+        return self._gone
+
     # Hooks of the PCI function.
+
+    def config_read(self, offset: int, size: int) -> int:
+        """Ones where the device is gone."""
+        value = super().config_read(offset, size)
+        return (1 << 8 * size) - 1 if self._gone else value
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """Dropped where the device is gone. Interrupts go to the pin while MSI-X is off."""
+        if not self._gone:
+            super().config_write(offset, size, value)
+            self._choose_pin()
+
+    def read(self, bar: int, offset: int, size: int) -> int:
+        """Ones where the device is gone."""
+        value = super().read(bar, offset, size)
+        return (1 << 8 * size) - 1 if self._gone else value
+
+    def write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """Dropped where the device is gone."""
+        if not self._gone:
+            super().write(bar, offset, size, value)
+
+    def function_level_reset(self) -> None:
+        """A device that is gone does not come back by it."""
+        if not self._gone:
+            super().function_level_reset()
 
     def mmio_read(self, bar: int, offset: int, size: int) -> int:
         """A register; doorbells read zero."""
@@ -227,9 +339,12 @@ class NvmeDevice(PciFunction):
     def on_enable(self, memory: bool, master: bool) -> None:
         """Doorbells count only while memory decodes; work that waited for bus mastering goes on."""
         lib.pv_nvme_decode(self._nvme, memory)
-        lib.pv_nvme_set_pin(self._nvme, not self.msix_enabled)
+        self._choose_pin()
         if master:
             self.engine.kick()
+
+    def _choose_pin(self) -> None:
+        lib.pv_nvme_set_pin(self._nvme, not self.msix_enabled)
 
     def on_reset(self) -> None:
         """Everything as after power-on; what was acknowledged as durable still is."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pvfio.devices.nvme.namespaces import Namespaces
     from pvfio.devices.nvme.registers import Registers
 
-__all__ = ["EVENTS", "FeatureTable"]
+__all__ = ["EVENTS", "UNTIL_POWER_CYCLE", "FeatureTable"]
 
 _BYTE_CDW11 = 44
 _BURST: Final = 7  # no limit
@@ -27,7 +27,8 @@ EVENTS: Final[int] = 0x1F | lib.NVME_OAES_NS_ATTR | lib.NVME_OAES_FW_ACT
 """Bits of feature 0Bh: the critical warnings, and what OAES offers."""
 _SENSOR_SHIFT, _SIDE_SHIFT, _ALL_SENSORS = 16, 20, 15
 _BEHAVIOR_SIZE: Final = 512
-_NAMES: Final = ("no protection", "protected", "until power cycle", "permanent")
+UNTIL_POWER_CYCLE, _PERMANENT = 2, 3
+"""States of feature 84h, after no protection and protection (Base 5.27.1.29)."""
 
 
 def _invalid(byte: int = _BYTE_CDW11) -> AdminError:
@@ -187,9 +188,9 @@ class FeatureTable:
     def _write_protect(self, nsid: int, value: int) -> int:
         """Base 8.12: the last two states are left by a power cycle, or never."""
         found = self._namespaces.by_nsid[nsid]
-        if value >= len(_NAMES):
+        if value > _PERMANENT:
             raise _invalid()
-        if found.protection_state >= _NAMES.index("until power cycle") and value != found.protection_state:
+        if found.protection_state >= UNTIL_POWER_CYCLE and value != found.protection_state:
             raise AdminError(lib.NVME_SC_FEATURE_NOT_CHANGEABLE, _BYTE_CDW11)
         self._namespaces.protect(nsid, value)
         return value

@@ -87,6 +87,10 @@ class Features:
         assert isinstance(feature, Feature)
         return self._current.get((fid, key), self._initial(fid, feature, key))
 
+    def put(self, fid: int, key: int, value: int) -> None:
+        """Another value, by other ways than the command."""
+        self._current[int(fid), key] = value
+
     def reset(self) -> None:
         """After a reset of the controller (Base 3.7.2): saved values, else defaults, where they do not persist."""
         for fid, feature in self.table.items():

@@ -48,6 +48,11 @@ class Firmware:
         """What runs."""
         return self._slots[self._active]
 
+    @property
+    def waits_for_reset(self) -> bool:
+        """An image will be activated by the next reset."""
+        return bool(self._next)
+
     def handlers(self) -> dict[int, Handler]:
         """Opcodes of this module."""
         return {lib.NVME_ADMIN_FW_DOWNLOAD: self._download, lib.NVME_ADMIN_FW_COMMIT: self._commit}

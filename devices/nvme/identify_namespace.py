@@ -50,7 +50,7 @@ def namespace_page(namespace: Namespace) -> bytes:
     page.fpi = lib.NVME_FPI_SUPPORTED | namespace.formatting
     best = max(0, (_BEST >> spec.lba_shift) - 1)
     page.npwg = page.npwa = page.npdg = page.npda = page.nows = best
-    ffi.buffer(page.nvmcap)[:] = namespace.size.to_bytes(16, "little")
+    ffi.buffer(page.nvmcap)[:] = namespace.allocated.to_bytes(16, "little")
     page.nsattr = lib.NVME_NSATTR_WRITE_PROTECTED * namespace.write_protected
     page.nguid, page.eui64 = namespace.nguid, namespace.eui64
     return bytes(ffi.buffer(page))

@@ -267,9 +267,11 @@ static uint32_t check_namespace(struct nvme_io *io)
     uint32_t nsid = io->cmd->nsid;
     if (!nsid || (nsid > nvme->config.namespaces && nsid != UINT32_MAX))
         return nvme_field(io, BYTE_NSID, NVME_SC_INVALID_NS);
-    if (nsid == UINT32_MAX || !nvme->ns[nsid - 1].backing || nvme->ns[nsid - 1].detached)
+    if (nsid == UINT32_MAX || !nvme->ns[nsid - 1].backing)
         return nvme_field(io, BYTE_NSID, NVME_SC_INVALID_FIELD);
-    return 0;
+    if (nvme->ns[nsid - 1].refuse)
+        io->request->location = BYTE_NSID;
+    return nvme->ns[nsid - 1].refuse;
 }
 
 uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)

@@ -21,6 +21,7 @@ from pvfio.devices.nvme.config import FORMATS, NamespaceSpec, NvmeConfig
 __all__ = ["Namespace", "Namespaces"]
 
 _ALL: Final[int] = lib.NVME_NSID_ALL
+_PAGE: Final = 4096
 _OUI: Final = bytes.fromhex("525400")
 _UUIDS: Final = uuid.UUID("2f0b1f5e-6a7c-4c0f-8f0d-6e766d653034")
 
@@ -47,6 +48,11 @@ class Namespace:
     def blocks(self) -> int:
         """Its size in blocks of its format."""
         return self.size >> self.spec.lba_shift
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the controller's capacity, whole pages."""
+        return -(-self.size // _PAGE) * _PAGE
 
     @property
     def used(self) -> int:
@@ -82,7 +88,7 @@ class Namespaces:
                 made = self.create(spec)
                 if spec.attached:
                     self.attach(made.nsid)
-            self.capacity = sum(n.size for n in self.by_nsid.values()) + config.capacity
+            self.capacity = sum(n.allocated for n in self.by_nsid.values()) + config.capacity
         except BaseException:
             self.close()
             raise
@@ -90,7 +96,7 @@ class Namespaces:
     @property
     def unallocated(self) -> int:
         """Bytes that namespaces may still be made of."""
-        return self.capacity - sum(n.size for n in self.by_nsid.values())
+        return self.capacity - sum(n.allocated for n in self.by_nsid.values())
 
     @property
     def volatile(self) -> bool:
@@ -118,25 +124,32 @@ class Namespaces:
             return [self.active(nsid)]
         return [n for n in self.by_nsid.values() if n.attached]
 
-    def create(self, spec: NamespaceSpec) -> Namespace:
-        """A namespace under the lowest free number; not attached. ``ValueError`` where there is none."""
+    def create(self, spec: NamespaceSpec, *, size: int | None = None) -> Namespace:
+        """A namespace under the lowest free number; not attached. ``size``: fewer bytes than ``spec`` has.
+
+        ``ValueError`` where there is no number, ``MemoryError``.
+        """
         nsid = next((n for n in range(1, self._config.max_namespaces + 1) if n not in self.by_nsid), None)
         if nsid is None:
             raise ValueError(f"more than {self._config.max_namespaces} namespaces")
-        size, backing = _open(spec)
+        whole, backing = _open(spec)
         self._made += 1
         number = self._made.to_bytes(5)
         made = Namespace(
             nsid,
             spec,
-            size,
+            size or whole,
             ffi.gc(backing, lib.pv_nvme_backing_put),
             eui64=_OUI + number,
             nguid=bytes(8) + _OUI + number,
             uuid=uuid.uuid5(_UUIDS, f"{self._config.serial} {self._made}").bytes,
         )
-        self._give(made)
         self.by_nsid[nsid] = made
+        try:
+            self._give(made)
+        except MemoryError:
+            del self.by_nsid[nsid]
+            raise
         return made
 
     def _give(self, namespace: Namespace) -> None:
@@ -154,18 +167,18 @@ class Namespaces:
         made = ffi.new("struct pv_nvme_format *", values)
         if lib.pv_nvme_set_namespace(self._nvme, namespace.nsid, namespace.backing, made):
             raise MemoryError(f"no room for namespace {namespace.nsid}")
-        lib.pv_nvme_attach_namespace(self._nvme, namespace.nsid, namespace.attached)
+        self.refresh(namespace.nsid)
         lib.pv_nvme_write_protect(self._nvme, namespace.nsid, namespace.protection_state)
 
     def attach(self, nsid: int) -> None:
         """Commands may use it."""
         self.by_nsid[nsid].attached = True
-        lib.pv_nvme_attach_namespace(self._nvme, nsid, True)
+        self.refresh(nsid)
 
     def detach(self, nsid: int) -> None:
         """Commands may not use it any more; its blocks keep their contents."""
         self.by_nsid[nsid].attached = False
-        lib.pv_nvme_attach_namespace(self._nvme, nsid, False)
+        self.refresh(nsid)
 
     def delete(self, nsid: int) -> None:
         """Forgets a namespace, and what it was kept in. An image keeps its contents."""
@@ -173,13 +186,18 @@ class Namespaces:
         del self.by_nsid[nsid]
 
     def protect(self, nsid: int, state: int) -> None:
-        """Feature 84h."""
+        """Feature 84h: what was written is durable first (Base 8.12.1)."""
+        lib.pv_nvme_backing_sync(self.by_nsid[nsid].backing)
         self.by_nsid[nsid].protection_state = state
         lib.pv_nvme_write_protect(self._nvme, nsid, state)
 
-    def hold(self, nsid: int, on: bool) -> None:
-        """Keeps commands away while a format goes on."""
-        lib.pv_nvme_attach_namespace(self._nvme, nsid, not on and self.by_nsid[nsid].attached)
+    def refresh(self, nsid: int) -> None:
+        """Makes the data path take or refuse commands, as the namespace says."""
+        found = self.by_nsid[nsid]
+        status = 0 if found.attached else lib.NVME_SC_INVALID_FIELD | lib.NVME_STATUS_DNR
+        lib.pv_nvme_refuse_namespace(
+            self._nvme, nsid, lib.NVME_SC_FORMAT_IN_PROGRESS if found.formatting else status
+        )
 
     def reformat(self, nsid: int, **changes: Any) -> None:
         """Another format; what the blocks hold is the caller's business. ``ValueError`` for what cannot be."""

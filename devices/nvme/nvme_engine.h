@@ -118,8 +118,8 @@ void pv_nvme_mask_pin(struct pv_nvme *nvme, uint32_t mask);
 /* Makes a namespace, attached, or takes it away (backing NULL). Pauses the engine. 0, -EINVAL, -ENOMEM. */
 int pv_nvme_set_namespace(struct pv_nvme *nvme, uint32_t nsid, struct pv_nvme_backing *backing,
                           const struct pv_nvme_format *format);
-/* Detached, a namespace keeps everything and takes no commands. */
-void pv_nvme_attach_namespace(struct pv_nvme *nvme, uint32_t nsid, int on);
+/* While not 0, commands for a namespace end with this status (detached, being formatted); it keeps everything. */
+void pv_nvme_refuse_namespace(struct pv_nvme *nvme, uint32_t nsid, uint32_t status);
 /* Off: writes complete once they are durable (Base 5.27.1.4). A reset of the controller turns it on. */
 void pv_nvme_set_write_cache(struct pv_nvme *nvme, int on);
 void pv_nvme_write_protect(struct pv_nvme *nvme, uint32_t nsid, int on);

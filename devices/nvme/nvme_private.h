@@ -61,7 +61,8 @@ struct nvme_namespace {
     uint8_t *metadata;  /* of all blocks, where the format has it; in memory, and gone with the namespace */
     uint64_t *unusable; /* a bit a block: Write Uncorrectable; NULL: none */
     uint64_t unusable_blocks;
-    bool write_protected, detached;
+    bool write_protected;
+    uint32_t refuse;
 };
 
 /* A command that waits: for a time, or for a sync. */

@@ -73,6 +73,8 @@ class Registers:
         self._config = config
         self._owner = owner
         self.subsystem_was_reset = False
+        self.safe = True
+        """Power may go: never enabled, or shut down since."""
         self.power_on()
 
     def power_on(self) -> None:
@@ -114,6 +116,7 @@ class Registers:
         """Shutdown processing has ended."""
         if self.csts & _SHST == lib.NVME_CSTS_SHST_OCCUR:
             self.csts = self.csts & ~_SHST | int(lib.NVME_CSTS_SHST_CMPLT)
+            self.safe = True
 
     def read(self, offset: int, size: int) -> int:
         """A load."""
@@ -184,6 +187,7 @@ class Registers:
             self._owner.disable()
             self.csts &= int(lib.NVME_CSTS_NSSRO)
             self.cc = value & ~_SHN
+            self.interrupt_mask = 0
             return
         if value & _ENABLE and not old & _ENABLE:
             self._enable(value)
@@ -210,6 +214,7 @@ class Registers:
         )
         if possible and self._owner.enable(settings):
             self.csts |= int(lib.NVME_CSTS_RDY)
+            self.safe = False
         else:
             self.fail()
 

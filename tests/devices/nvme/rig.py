@@ -137,7 +137,7 @@ class Rig:
         stride = 4 << self.config.dstrd
         self.write(lib.NVME_REG_DBS + (2 * queue + completion) * stride, 4, tail)
 
-    def push(self, ring: Ring, opcode: int, **fields: int) -> int:
+    def push(self, ring: Ring, opcode: int, **fields: Any) -> int:
         """A command into a ring, without its doorbell; its identifier."""
         entry = ring.sq[ring.tail : ring.tail + 1]
         entry.view(np.uint8)[:] = 0
@@ -150,7 +150,7 @@ class Rig:
         ring.tail = (ring.tail + 1) % len(ring.sq)
         return cid
 
-    def submit(self, opcode: int, *, ring: Ring | None = None, **fields: int) -> int:
+    def submit(self, opcode: int, *, ring: Ring | None = None, **fields: Any) -> int:
         ring = ring or self.admin_ring
         cid = self.push(ring, opcode, **fields)
         self.doorbell(ring.number, ring.tail)
@@ -175,17 +175,17 @@ class Rig:
         """The data buffer."""
         return self.memory[_DATA:]
 
-    async def admin(self, opcode: int, *, data: bytes | None = None, **fields: int) -> Completion:
+    async def admin(self, opcode: int, *, data: bytes | None = None, **fields: Any) -> Completion:
         """An admin command; its data pointer is the data buffer unless it is said otherwise."""
         return await self.wait(self.submit(opcode, **self._buffer(data, fields)))
 
-    async def io(self, opcode: int, *, data: bytes | None = None, **fields: int) -> Completion:
+    async def io(self, opcode: int, *, data: bytes | None = None, **fields: Any) -> Completion:
         """An I/O command on queue 1."""
         fields.setdefault("nsid", 1)
         fields = self._buffer(data, fields)
         return await self.wait(self.submit(opcode, ring=self.io_ring, **fields), ring=self.io_ring)
 
-    def _buffer(self, data: bytes | None, fields: dict[str, int]) -> dict[str, int]:
+    def _buffer(self, data: bytes | None, fields: dict[str, Any]) -> dict[str, Any]:
         if data is not None:
             self.data[: len(data)] = np.frombuffer(data, np.uint8)
         return {"prp1": self.iova + _DATA, "prp2": self.iova + _DATA + 4096, **fields}
@@ -226,11 +226,11 @@ class Rig:
         ffi.memmove(made, raw, ffi.sizeof(f"struct {kind}"))
         return made
 
-    async def set_feature(self, fid: int, value: int = 0, **fields: int) -> Completion:
+    async def set_feature(self, fid: int, value: int = 0, **fields: Any) -> Completion:
         save = lib.NVME_FEAT_SAVE * fields.pop("save", 0)
         return await self.admin(lib.NVME_ADMIN_SET_FEATURES, cdw10=fid | save, cdw11=value, **fields)
 
-    async def get_feature(self, fid: int, *, select: int = 0, **fields: int) -> Completion:
+    async def get_feature(self, fid: int, *, select: int = 0, **fields: Any) -> Completion:
         return await self.admin(lib.NVME_ADMIN_GET_FEATURES, cdw10=fid | select << 8, **fields)
 
     async def events(self) -> int:
