@@ -141,6 +141,15 @@ static bool hear_page(struct pv_nvme *nvme)
     return any;
 }
 
+void nvme_tell_index(struct pv_nvme *nvme, uint32_t index)
+{
+    struct pv_dma dma;
+    uint64_t at = nvme->event_index + ((uint64_t)index << stride_shift(nvme));
+    if (is_shadowed(nvme, index) && nvme->event_index && is_live(nvme, index) &&
+        pv_bus_write(nvme->bus, at, &nvme->heard[index], sizeof(nvme->heard[index]), &dma))
+        nvme_fatal(nvme);
+}
+
 /*
  * The shadow buffer, of the I/O queues. The event index is written with every value that is heard, and the buffer is
  * read again after that (any change means another step): a driver that saw the old index wrote before.
@@ -162,9 +171,7 @@ static bool hear_shadow(struct pv_nvme *nvme)
             continue;
         hear(nvme, index, value);
         any = true;
-        if (nvme->event_index &&
-            pv_bus_write(nvme->bus, nvme->event_index + ((uint64_t)index << shift), &value, sizeof(value), &dma))
-            nvme_fatal(nvme);
+        nvme_tell_index(nvme, index);
     }
     atomic_thread_fence(memory_order_seq_cst); /* the indexes are stored before the next look */
     return any;

@@ -67,7 +67,7 @@ struct nvme_namespace {
 
 /* A command that waits: for a time, or for a sync. */
 struct nvme_waiting {
-    struct nvme_waiting *next;
+    struct nvme_waiting *next, *previous;
     struct nvme_waiting *next_job;
     struct pv_nvme_backing *backing; /* what the sync worker syncs for it */
     struct nvme_command cmd;
@@ -124,7 +124,7 @@ struct pv_nvme {
     struct nvme_data data;
     uint8_t *bounce;
 
-    struct nvme_waiting *waiting; /* by due time; those without one last */
+    struct nvme_waiting *waiting, *waiting_last; /* by due time; those without one last */
     uint32_t waiting_count;
     _Atomic uint64_t due;
     struct nvme_sync *sync;
@@ -163,6 +163,8 @@ void nvme_fatal(struct pv_nvme *nvme);
 
 /* doorbell.c: what was rung since the last call; whether anything was. */
 bool nvme_hear(struct pv_nvme *nvme);
+/* Stores a doorbell's event index, where there are shadow doorbells: the driver rings when its value passes it. */
+void nvme_tell_index(struct pv_nvme *nvme, uint32_t index);
 
 /* schedule.c */
 int nvme_step(void *device);

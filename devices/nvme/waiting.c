@@ -5,6 +5,15 @@
 
 #include "nvme_private.h"
 
+static void link_after(struct pv_nvme *nvme, struct nvme_waiting *before, struct nvme_waiting *w)
+{
+    w->previous = before;
+    w->next = before ? before->next : nvme->waiting;
+    *(before ? &before->next : &nvme->waiting) = w;
+    *(w->next ? &w->next->previous : &nvme->waiting_last) = w;
+    nvme->waiting_count++;
+}
+
 struct nvme_waiting *nvme_wait_until(struct pv_nvme *nvme, const struct nvme_request *request, uint64_t due,
                                      uint32_t status)
 {
@@ -15,21 +24,19 @@ struct nvme_waiting *nvme_wait_until(struct pv_nvme *nvme, const struct nvme_req
     w->sq = request->sq;
     w->due = due;
     w->status = status;
-    struct nvme_waiting **at = &nvme->waiting;
-    while (*at && (*at)->due <= due)
-        at = &(*at)->next;
-    w->next = *at;
-    *at = w;
-    nvme->waiting_count++;
+    struct nvme_waiting *before = nvme->waiting_last; /* most have no time, or the latest */
+    while (before && before->due > due)
+        before = before->previous;
+    link_after(nvme, before, w);
     nvme_set_due(nvme);
     return w;
 }
 
 /* Out of the list; the worker's answer finds it an orphan. */
-static void leave(struct pv_nvme *nvme, struct nvme_waiting **at)
+static void leave(struct pv_nvme *nvme, struct nvme_waiting *w)
 {
-    struct nvme_waiting *w = *at;
-    *at = w->next;
+    *(w->previous ? &w->previous->next : &nvme->waiting) = w->next;
+    *(w->next ? &w->next->previous : &nvme->waiting_last) = w->previous;
     nvme->waiting_count--;
     if (w->synced)
         w->orphan = true;
@@ -39,16 +46,13 @@ static void leave(struct pv_nvme *nvme, struct nvme_waiting **at)
 
 void nvme_end_waiting(struct pv_nvme *nvme, int sq, uint32_t status)
 {
-    struct nvme_waiting **at = &nvme->waiting;
-    while (*at) {
-        struct nvme_waiting *w = *at;
-        if (sq >= 0 && w->sq != (uint32_t)sq) {
-            at = &w->next;
+    for (struct nvme_waiting *w = nvme->waiting, *next; w; w = next) {
+        next = w->next;
+        if (sq >= 0 && w->sq != (uint32_t)sq)
             continue;
-        }
         if (status)
             nvme_end(nvme, w->sq, w->cmd.cid, status, 0);
-        leave(nvme, at);
+        leave(nvme, w);
     }
     nvme_set_due(nvme);
 }
@@ -57,11 +61,11 @@ int pv_nvme_abort(struct pv_nvme *nvme, uint32_t sq, uint16_t cid)
 {
     int found = 0;
     pv_engine_pause(nvme->engine);
-    for (struct nvme_waiting **at = &nvme->waiting; *at; at = &(*at)->next) {
-        if ((*at)->sq != sq || (*at)->cmd.cid != cid)
+    for (struct nvme_waiting *w = nvme->waiting; w; w = w->next) {
+        if (w->sq != sq || w->cmd.cid != cid)
             continue;
         nvme_end(nvme, sq, cid, NVME_SC_ABORT_REQ, 0);
-        leave(nvme, at);
+        leave(nvme, w);
         found = 1;
         break;
     }
@@ -70,11 +74,11 @@ int pv_nvme_abort(struct pv_nvme *nvme, uint32_t sq, uint16_t cid)
     return found;
 }
 
-static void run_due(struct pv_nvme *nvme, struct nvme_waiting **at)
+static void run_due(struct pv_nvme *nvme, struct nvme_waiting *w)
 {
-    struct nvme_command cmd = (*at)->cmd;
-    uint32_t sq = (*at)->sq, status = (*at)->status;
-    leave(nvme, at);
+    struct nvme_command cmd = w->cmd;
+    uint32_t sq = w->sq, status = w->status;
+    leave(nvme, w);
     struct nvme_request request = {.cmd = &cmd, .sq = sq, .location = NVME_ERROR_LOCATION_NONE};
     if (status == NVME_LATER && !sq)
         status = nvme_hand_over(nvme, &cmd) ? NVME_LATER : NVME_SC_INTERNAL;
@@ -85,6 +89,15 @@ static void run_due(struct pv_nvme *nvme, struct nvme_waiting **at)
     if (status)
         nvme_note_error(nvme, &request, status);
     nvme_end(nvme, sq, cmd.cid, status, request.result);
+}
+
+static void end_synced(struct pv_nvme *nvme, struct nvme_waiting *w)
+{
+    const struct nvme_request request = {.cmd = &w->cmd, .sq = w->sq, .location = NVME_ERROR_LOCATION_NONE};
+    if (w->status)
+        nvme_note_error(nvme, &request, w->status);
+    nvme_end(nvme, w->sq, w->cmd.cid, w->status, 0);
+    leave(nvme, w);
 }
 
 /* What the worker gives back; it has set the status. */
@@ -106,11 +119,7 @@ static void take_synced(struct pv_nvme *nvme)
             free(w);
             continue;
         }
-        struct nvme_waiting **at = &nvme->waiting;
-        while (*at != w)
-            at = &(*at)->next;
-        nvme_end(nvme, w->sq, w->cmd.cid, w->status, 0);
-        leave(nvme, at);
+        end_synced(nvme, w);
     }
 }
 
@@ -142,7 +151,7 @@ bool nvme_run_waiting(struct pv_nvme *nvme)
         return any;
     uint64_t now = nvme_now();
     while (nvme->waiting && nvme->waiting->due <= now) {
-        run_due(nvme, &nvme->waiting);
+        run_due(nvme, nvme->waiting);
         any = true;
     }
     nvme_ring_due(nvme, now);

@@ -238,7 +238,8 @@ def test_bit_buckets(disk: Disk) -> None:
     """The host sees what lies around them."""
     disk.put(LISTS, sgl((DATA, 100, BLOCK), (0, PAGE - 200, BUCKET), (DATA + PAGE, 100, BLOCK)))
     assert disk.run(command(READ, **inline(LISTS, 48, LAST))) == 0
-    assert (disk.at(DATA, 100) == disk.content[:100]).all() and not disk.at(DATA + 100, PAGE - 100).any()
+    assert (disk.at(DATA, 100) == disk.content[:100]).all()
+    assert not disk.at(DATA + 100, PAGE - 100).any()
     assert (disk.at(DATA + PAGE, 100) == disk.content[PAGE - 100 : PAGE]).all()
 
 
@@ -312,7 +313,8 @@ def test_admin_transfers(disk: Disk, to_host: bool) -> None:
     buffer = data.copy() if to_host else np.zeros_like(data)
     pointer = ffi.from_buffer(buffer)
     assert lib.pv_nvme_transfer(disk.nvme, raw, pointer, PAGE - 8, to_host) == 0
-    assert (disk.at(DATA + 8, PAGE - 8) == buffer).all() and (buffer == data).all()
+    assert (disk.at(DATA + 8, PAGE - 8) == buffer).all()
+    assert (buffer == data).all()
     assert (
         lib.pv_nvme_transfer(disk.nvme, raw, pointer, 2**32 - 1, to_host) == lib.NVME_SC_INVALID_FIELD | DNR
     )
