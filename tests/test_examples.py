@@ -41,6 +41,13 @@ WORDS = {
         "lazy  : after the flush the device is kept out",
     ],
     "iommufd.py": ["first space: 1, second space: 2", "through a table of our own: 3"],
+    "nvme_hello.py": [
+        "65536 blocks of 4096 bytes",
+        "block 100 came back: True",
+        "beyond the end: LBA_RANGE",
+        "1024 random blocks: 0 errors, equal: True",
+    ],
+    "nvme_image.py": ["SHA-256", "through the driver, equal: True"],
     "page_fault.py": [
         "DSA_COMP_BATCH_FAIL",
         "member 2: DSA_COMP_PAGE_FAULT_NOBOF",
@@ -69,6 +76,9 @@ def test_example(name: str, tmp_path: Path) -> None:
     if name in ("copy_file.py", "crc_pipeline.py"):
         source.write_bytes(bytes(range(250)) * 2000)
         arguments = [str(source), str(target)]
+    elif name == "nvme_image.py":
+        source.write_bytes(bytes(range(256)) * 40_002)  # the last transfers are short ones
+        arguments = [str(source)]
     done = run(name, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     for words in WORDS[name]:
