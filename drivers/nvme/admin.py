@@ -267,7 +267,7 @@ class AdminQueue(CommandQueue):
         others = super()._hand_out(cids, status, results)
         for command in [command for command in self._requests if command.done]:
             self._requests.remove(command)
-            if not command.status:
+            if not command.status and command.aborted is None:
                 self.events.append(AsyncEvent.parse(command.result))
                 self._request()
         return others

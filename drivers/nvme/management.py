@@ -24,6 +24,7 @@ from pvfio.drivers.nvme.recovery import Controller
 from pvfio.drivers.nvme.sqe import Sqe
 
 if TYPE_CHECKING:
+    from pvfio.drivers.nvme.admin import AdminQueue
     from pvfio.drivers.nvme.operations import QueuePair
 
 __all__ = ["Management"]
@@ -31,6 +32,19 @@ __all__ = ["Management"]
 _LIST_LENGTH: Final = 1024
 _LOG_512: Final = 512
 _SELF_TEST_BYTES: Final = int(ffi.sizeof("struct nvme_self_test_log"))
+
+
+class _Events:
+    """The events of an admin queue: nothing to close, as an asynchronous generator has."""
+
+    def __init__(self, admin: AdminQueue) -> None:
+        self._admin = admin
+
+    def __aiter__(self) -> _Events:
+        return self
+
+    async def __anext__(self) -> AsyncEvent:
+        return await self._admin.next_event()
 
 
 class Management(Controller):
@@ -199,13 +213,12 @@ class Management(Controller):
 
     # Events, abort
 
-    async def events(self) -> AsyncIterator[AsyncEvent]:
+    def events(self) -> AsyncIterator[AsyncEvent]:
         """Asynchronous events as they come. An event of a type comes again only after its log page was read.
 
         Ends with ``DeviceFailed`` when the controller is given up. Cancelled, or left: no event is lost.
         """
-        while True:
-            yield await self.admin.next_event()
+        return _Events(self.admin)
 
     async def abort(self, queue: QueuePair, cids: Sequence[int]) -> int:
         """Asks the controller to end commands that were submitted by the array; how many it says it ended (5.1).

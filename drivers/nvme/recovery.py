@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -36,6 +35,13 @@ _REFUSED: Final = (NvmeError, OperationAborted, DeadlineExceeded, DeviceFailed, 
 _ADMIN_ENTRIES: Final = 32
 _LONGEST_LIST: Final = 2 << 20  # what a PRP list of one page describes
 _EVENT_REQUESTS: Final = 4
+_WARNINGS: Final[int] = (
+    lib.NVME_SMART_SPARE
+    | lib.NVME_SMART_TEMPERATURE
+    | lib.NVME_SMART_DEGRADED
+    | lib.NVME_SMART_READ_ONLY
+    | lib.NVME_SMART_VOLATILE_MEMORY
+)
 
 
 class Controller:
@@ -100,7 +106,7 @@ class Controller:
         vectors = min(self._irq.count, 1 + len(self._completions))
         if vectors:
             await self._irq.enable(vectors)
-        ring = await self._new_ring(0, min(_ADMIN_ENTRIES, self.capabilities.entries))
+        ring = await self._new_ring(0, _ADMIN_ENTRIES)
         self.admin = AdminQueue(self, 0, ring, "hybrid")
         self.admin.prepare(ring, self.pages)
         await self._registers.disable(self.capabilities.timeout)
@@ -150,11 +156,12 @@ class Controller:
 
     async def _listen_to_events(self) -> None:
         """Every event the controller knows is wanted (feature 0Bh, NVMe Base 2.0c 5.27.1.8)."""
-        wanted = self.controller.oaes | 0xFF
-        with suppress(NvmeError):  # what it sends by default comes all the same
-            await self.admin.set_features(
-                lib.NVME_FEAT_ASYNC_EVENT, wanted, deadline=self.admin_deadline, privileged=True
-            )
+        await self.admin.set_features(
+            lib.NVME_FEAT_ASYNC_EVENT,
+            self.controller.oaes | _WARNINGS,
+            deadline=self.admin_deadline,
+            privileged=True,
+        )
         self.admin.request_events(min(self.controller.aerl + 1, _EVENT_REQUESTS))
 
     # Down

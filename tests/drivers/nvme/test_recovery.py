@@ -187,7 +187,8 @@ async def test_surprise_removal_fails_everything_promptly(
 ) -> None:
     async with running(queues=2, completion=completion) as r:
         buffer = await r.container.alloc(8 * BLOCK)
-        r.engine.stop_before(0)
+        inject(r, lib.PV_NVME_INJECT_DROP, sq=-1)
+        inject(r, lib.PV_NVME_INJECT_VANISH, opcode=lib.NVME_CMD_FLUSH, sq=-1)
         r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas(4), 1, addresses(buffer, 4))
         failed = []
 
@@ -201,7 +202,8 @@ async def test_surprise_removal_fails_everything_promptly(
             for queue in r.nvme.queues:
                 nursery.start_soon(wait, queue)
             await trio.testing.wait_all_tasks_blocked()
-            r.function.mmio_read = lambda bar, offset, size: (1 << 8 * size) - 1
+            with pytest.raises(DeviceFailed, match="removed"):
+                await r.nvme.flush(1, deadline=60)
         assert sorted(failed) == [1, 2]
         assert trio.current_time() - began < 2
         assert (await r.queue.reap()).status.tolist() == [HOST_ABORTED] * 4
@@ -210,7 +212,6 @@ async def test_surprise_removal_fails_everything_promptly(
                 await operation()
         with pytest.raises(DeviceFailed):
             r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas(1), 1, addresses(buffer, 1))
-        del r.function.mmio_read
 
 
 async def test_no_reset_then_the_device_is_closed(rig: Any, autojump_clock: Any) -> None:
