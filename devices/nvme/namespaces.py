@@ -212,7 +212,8 @@ class Namespaces:
         """
         done = True
         for found in [n for n in self.by_nsid.values() if nsid in (None, n.nsid)]:
-            done &= not await trio.to_thread.run_sync(lib.pv_nvme_backing_sync, found.backing)
+            if found.spec.image is not None:
+                done &= not await trio.to_thread.run_sync(lib.pv_nvme_backing_sync, found.backing)
         return done
 
     def close(self) -> None:

@@ -101,15 +101,21 @@ class Rig:
 
     def rings(self) -> None:
         """Fresh queues, as after a reset."""
-        self.memory[:_DATA] = 0
-        entry, completion = dtype_of("struct nvme_command"), dtype_of("struct nvme_completion")
-        self.admin_ring, self.io_ring = (
-            Ring(
-                number,
-                self.memory[sq : sq + 64 * ENTRIES].view(entry),
-                self.memory[cq : cq + 16 * ENTRIES].view(completion),
-            )
-            for number, sq, cq in ((0, _ASQ, _ACQ), (1, _SQ, _CQ))
+        self.admin_ring = self._ring(0, _ASQ, _ACQ)
+        self.rings_of_io()
+
+    def rings_of_io(self) -> None:
+        """Fresh memory for queue pair 1."""
+        self.io_ring = self._ring(1, _SQ, _CQ)
+
+    def _ring(self, number: int, sq: int, cq: int) -> Ring:
+        entries, completions = (self.memory[at : at + size * ENTRIES] for at, size in ((sq, 64), (cq, 16)))
+        entries[:] = 0
+        completions[:] = 0
+        return Ring(
+            number,
+            entries.view(dtype_of("struct nvme_command")),
+            completions.view(dtype_of("struct nvme_completion")),
         )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pvfio.abi import ffi, lib
@@ -46,7 +48,7 @@ async def test_every_page_is_there_or_refused(lid: int) -> None:
         ({"flags": lib.NVME_CMD_FUSE_FIRST}, INVALID),
     ],
 )
-async def test_refused(fields: dict[str, int], status: int) -> None:
+async def test_refused(fields: dict[str, Any], status: int) -> None:
     async with running() as rig:
         done = await rig.admin(lib.NVME_ADMIN_GET_LOG_PAGE, cdw10=lib.NVME_LOG_SMART | 127 << 16, **fields)
         assert done.code == status
@@ -119,6 +121,11 @@ async def test_smart_says_what_the_host_made_of_the_drive() -> None:
         smart = await rig.log(lib.NVME_LOG_SMART, 512, kind="nvme_smart_log")
         assert smart.critical_warning == 0x7
         assert (smart.temperature, smart.avail_spare, smart.percent_used) == (345, 5, 120)
-        for bad in ({"temperature": -1}, {"available_spare": 101}, {"percentage_used": 256}):
+        impossible: tuple[dict[str, Any], ...] = (
+            {"temperature": -1},
+            {"available_spare": 101},
+            {"percentage_used": 256},
+        )
+        for bad in impossible:
             with pytest.raises(ValueError):
                 rig.device.health.set(**bad)
