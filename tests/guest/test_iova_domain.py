@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pvfio.abi import lib
 from pvfio.guest.iova_domain import IovaDomain
 from pvfio.guest.transport import on_vp
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -271,7 +272,7 @@ def test_a_reservation_that_cannot_be() -> None:
     assert domain.reserve(0, last_of(10)) == 2 * PAGE
 
 
-@settings(max_examples=20)
+@settings(max_examples=tries(20))
 @given(st.integers(0, 1 << 30))
 def test_the_table_of_ranges_survives_collisions(seed: int) -> None:
     domain = IovaDomain(0, (1 << 57) - 1)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pvfio.errors import VfioError
 from pvfio.memory import BLOCK_SIZE, PAGE_SIZE, DmaBuffer, GuestMemory
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -272,10 +273,10 @@ class Frames(RuleBasedStateMachine):
 
 
 TestFrames = Frames.TestCase
-TestFrames.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestFrames.settings = settings(max_examples=tries(40), stateful_step_count=30, deadline=None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(data=st.data(), pages=st.integers(1, 40), scattered=st.booleans())
 def test_runs_of_any_piece(data: Any, pages: int, scattered: bool) -> None:
     memory = GuestMemory(2 * MIB)

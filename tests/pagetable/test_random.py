@@ -15,6 +15,7 @@ from pvfio.errors import PageTableError
 from pvfio.memory import GuestMemory
 from pvfio.pagetable import Format, PageTable, Perm
 from tests.pagetable.reference import G1, K4, M2, SHAPES, Model, bitmap, input_bits, try_map
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -150,11 +151,11 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTableMachine = TableMachine.TestCase
-TestTableMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTableMachine.settings = settings(max_examples=tries(60), stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("fmt", Format)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_a_device_that_scribbles_over_the_tables_breaks_no_software(fmt: Format, seed: int) -> None:
     """Entries in guest memory become anything: calls answer or refuse, and every page still comes back."""
