@@ -44,7 +44,9 @@ def iommufd_ioctl(file: IommufdFile, request: int, arg: Any) -> int:
     if given < least:
         raise _refused(errno.EINVAL, name, f"size {given} is below {least}")
     command = ffi.new(f"struct {name} *")
-    copy_struct(name, command, bytes(ffi.buffer(ffi.cast("char *", arg), given)))
+    if given > _MAX_ENTRY:
+        raise _refused(errno.E2BIG, name, f"a structure of {given} bytes")
+    copy_struct(name, command, _read_user(name, int(ffi.cast("uintptr_t", arg)), given))
     try:
         handler(file, command)
     except _Answered as answer:
@@ -238,7 +240,9 @@ def _get_hw_info(file: IommufdFile, command: Any) -> None:
     _zero("get_hw_info", command.flags, getattr(command, "__reserved"))
     info = hw_info(file.get(command.dev_id, BoundDevice).group.group.iommu)
     given = command.data_len
-    _write_user("get_hw_info", command.data_uptr, info[:given] + bytes(min(max(given - len(info), 0), _PAGE)))
+    _write_user("get_hw_info", command.data_uptr, info[:given])
+    for at in range(len(info), given, _PAGE):
+        _write_user("get_hw_info", command.data_uptr + at, bytes(min(given - at, _PAGE)))
     command.data_len = len(info)
     command.out_data_type = lib.IOMMU_HW_INFO_TYPE_INTEL_VTD
     command.out_capabilities = 0
