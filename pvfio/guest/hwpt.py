@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from pvfio.abi import ffi, lib
@@ -37,7 +38,7 @@ SHADOW_BUDGET = 1 << 21
 _LEVELS = {48: 4, 57: 5}
 
 
-class Hwpt:
+class Hwpt(ABC):
     """What both kinds have: a device domain, and the groups attached to it."""
 
     domain: PagingDomain
@@ -47,9 +48,9 @@ class Hwpt:
         self.groups: list[IommuGroup] = []
 
     @property
+    @abstractmethod
     def paging(self) -> PagingHwpt:
         """The page table that carries an address space: this one, or the parent."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Frees the domain; no group is attached. One that a device is stuck in is emptied and kept."""
