@@ -264,7 +264,7 @@ class IommufdFile:
                 return self.number_of(carrier)
         number = self.alloc_hwpt(device, ioas, nest_parent=False, auto=True)
         try:
-            self._attach(device, self.get(number, Hwpt))
+            self._attach(device, self.get(number, PagingHwpt))
         except BaseException:
             self._destroy(number, self.objects[number])
             raise
