@@ -132,6 +132,15 @@ def test_a_magazine_gives_back_the_newest_that_fits() -> None:
     assert domain.stats().cached == 0
 
 
+def test_a_magazine_gives_nothing_that_reaches_above_the_limit() -> None:
+    domain = IovaDomain(0, last_of(1 << 20))
+    iova = domain.alloc(8 * PAGE)
+    domain.free(iova)
+    assert domain.alloc(8 * PAGE, iova + 7 * PAGE - 1) == iova - 8 * PAGE
+    assert domain.alloc(8 * PAGE, iova + 8 * PAGE - 2) == iova - 16 * PAGE
+    assert domain.alloc(8 * PAGE, iova + 8 * PAGE - 1) == iova
+
+
 def test_magazines_belong_to_a_vp_and_the_depot_to_all() -> None:
     domain = IovaDomain(0, (1 << 40) - 1, vps=2)
     magazine = lib.PV_IOVA_MAGAZINE
