@@ -12,8 +12,6 @@ import pytest
 
 from pvfio import cli
 
-pytestmark = pytest.mark.touches_c
-
 SHORT = ("--seconds", "0.05")
 
 
