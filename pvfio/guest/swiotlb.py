@@ -46,6 +46,11 @@ class Bounce:
         self.whole = slot.size
         self._slot = slot
 
+    @property
+    def pages(self) -> range:
+        """The numbers of the pages of its DMA addresses."""
+        return range(self.address >> 12, self.address + self.whole >> 12)
+
     def to_device(self, offset: int = 0, size: int | None = None) -> None:
         """Copies the caller's bytes [offset, offset + size) into the bounce buffer, as far as it has them."""
         end = self.size if size is None else min(offset + size, self.size)

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pvfio.abi import lib
+from pvfio.errors import VfioError
 from pvfio.guest.dma_api import DMA_ATTR_SKIP_CPU_SYNC, Direction, DmaDevice, DmaMappingError
 from pvfio.guest.swiotlb import MAX_BOUNCE, BouncePool
 from pvfio.memory import GuestMemory
@@ -247,6 +249,55 @@ async def test_an_untrusted_device_makes_its_group_strict(emulated: Any, kind: s
         machine.kernel.bind(device, None)
     DmaDevice(machine.kernel, device, untrusted=True)
     assert device.iommu_group.default_domain_kind == "strict"
+
+
+async def test_an_untrusted_device_stays_strict(untrusted: MakeSide) -> None:
+    """Lazy would leave it a window into bounce buffers that are somebody else's by then."""
+    side = await untrusted()
+    group = side.machine.kernel.devices[0].iommu_group
+    for kind in ("lazy", "identity"):
+        with pytest.raises(VfioError) as raised:
+            group.set_default_domain(kind)
+        assert raised.value.errno == errno.EINVAL
+    group.set_default_domain("strict")
+    assert group.default_domain_kind == "strict"
+    _, buffer = side.memory(64, 1000)
+    address = side.dma.map_single(buffer, FROM_DEVICE)
+    side.bus.write(address, b"in time")
+    side.dma.unmap_single(address, 1000, FROM_DEVICE)
+    with pytest.raises(DmaAborted):
+        side.bus.write(address, b"too late")
+
+
+async def test_a_slot_waits_for_the_flush_that_covers_it(untrusted: MakeSide) -> None:
+    side = await untrusted()
+    _, first = side.memory(64, 1000)
+    _, second = side.memory(64, 1000)
+    address = side.dma.map_single(first, FROM_DEVICE)
+    side.bus.write(address, b"cached")
+    for call in (lib.HVCALL_FLUSH_DEVICE_DOMAIN_LIST, lib.HVCALL_FLUSH_DEVICE_DOMAIN):
+        side.machine.hypervisor.inject(call, lib.HV_STATUS_INSUFFICIENT_MEMORY, 1)
+    side.dma.unmap_single(address, 1000, FROM_DEVICE)
+    assert first[:6].tobytes() == b"cached"
+    # No flush was made: the device still reaches the slot, which is nobody else's meanwhile.
+    other = side.dma.map_single(second, TO_DEVICE)
+    side.bus.write(address, b"stale!")
+    assert side.bus.read(other, 6) == bytes([OURS]) * 6
+    assert side.used == 2
+    side.dma.unmap_single(other, 1000, TO_DEVICE)
+    assert side.used == 0
+
+
+async def test_a_default_domain_that_goes_gives_its_slots_back(untrusted: MakeSide) -> None:
+    side = await untrusted("identity", untrusted=False)
+    memory = side.machine.memory
+    address = side.dma.map_single(memory.alloc(2 * PAGE, scattered=True), BIDIRECTIONAL)
+    assert side.used == 1
+    side.machine.kernel.devices[0].iommu_group.set_default_domain("strict")
+    assert side.used == 0
+    with pytest.raises(DmaMappingError) as raised:
+        side.dma.unmap_single(address, 2 * PAGE, BIDIRECTIONAL)
+    assert raised.value.errno == errno.EINVAL
 
 
 async def test_identity_bounces_what_is_in_pieces(untrusted: MakeSide) -> None:
