@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from pvfio.abi import ffi, lib
 from pvfio.errors import HypercallError, IommuError, VfioError
-from pvfio.guest.ioas import Ioas, as_vfio_errors
+from pvfio.guest.ioas import Ioas
 from pvfio.guest.ioas_iova import TOP
+from pvfio.guest.refusals import as_vfio_errors
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
