@@ -15,6 +15,7 @@ from pvfio.abi import lib
 from pvfio.errors import VfioError
 from pvfio.guest.dma_api import DMA_ATTR_SKIP_CPU_SYNC, Direction, DmaDevice, DmaMappingError
 from pvfio.guest.swiotlb import MAX_BOUNCE, BouncePool
+from pvfio.guest.transport import on_vp
 from pvfio.memory import GuestMemory
 from pvfio.silicon import BusMaster, DmaAborted
 
@@ -160,6 +161,17 @@ async def test_the_next_user_of_a_slot_sees_nothing_of_the_last(untrusted: MakeS
     address = side.dma.map_single(short, TO_DEVICE)
     assert side.dma.domain.domain.iova_to_phys(address) == gpa  # type: ignore[union-attr]
     assert side.bus.read(address, PAGE) == bytes([OURS] * 3) + bytes(PAGE - 3)
+
+
+async def test_every_vp_bounces(untrusted: MakeSide) -> None:
+    side = await untrusted()
+    _, buffer = side.memory(64, 1000)
+    for vp in range(side.machine.kernel.transport.vps):
+        with on_vp(vp):
+            address = side.dma.map_single(buffer, TO_DEVICE)
+            assert side.bus.read(address, 1000) == bytes([OURS]) * 1000
+            side.dma.unmap_single(address, 1000, TO_DEVICE)
+    assert side.used == 0
 
 
 async def test_lists_and_pages(untrusted: MakeSide) -> None:
