@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from pvfio.guest.kernel import GuestKernel
     from pvfio.guest.pci import PciDevice
+    from pvfio.guest.swiotlb import BouncePool
     from pvfio.memory import DmaBuffer
 
 __all__ = [
@@ -346,7 +347,7 @@ class DmaDevice:
         return segments_of(entries, at, self.max_segment)
 
     def _bounce(self, memory: npt.NDArray[np.uint8], direction: int) -> int:
-        pool = self.kernel.bounce_pool
+        pool = self._pool()
         bounce = pool.take(memory)
         try:
             return self.domain.map_bounce(bounce, _PERM[direction], self._limit, pool)
@@ -354,11 +355,18 @@ class DmaDevice:
             pool.give(bounce)
             raise
 
+    def _pool(self) -> BouncePool:
+        try:
+            return self.kernel.bounce_pool
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, "no memory for bounce buffers") from error
+
     def _bounce_direct(self, refused: OSError, buffer: DmaBuffer, size: int) -> int:
         """Without an IOMMU, memory out of reach is bounced; anything else, and what cannot be, is an error."""
-        if refused.errno == errno.EIO and self.kernel.bounce_pool.last <= self._limit:
+        if refused.errno == errno.EIO:
             try:
-                return self._bounce(_bytes_of(buffer), Direction.BIDIRECTIONAL)
+                if self._pool().last <= self._limit:
+                    return self._bounce(_bytes_of(buffer), Direction.BIDIRECTIONAL)
             except OSError as error:
                 refused = error
         raise self._error(refused.errno or 0, "map", refused.strerror or "", size=size) from refused

@@ -207,7 +207,7 @@ class DmaDebug:
         """The unmap that was announced last came to nothing: the mapping lives on."""
         mapping, self._last = self._last, None
         if mapping is not None:
-            del self._ended[mapping.device, mapping.address]
+            self._ended.pop((mapping.device, mapping.address), None)
             self._know(mapping)
 
     def syncing(

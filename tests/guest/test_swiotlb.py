@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
@@ -161,6 +162,23 @@ async def test_the_next_user_of_a_slot_sees_nothing_of_the_last(untrusted: MakeS
     address = side.dma.map_single(short, TO_DEVICE)
     assert side.dma.domain.domain.iova_to_phys(address) == gpa  # type: ignore[union-attr]
     assert side.bus.read(address, PAGE) == bytes([OURS] * 3) + bytes(PAGE - 3)
+
+
+@pytest.mark.parametrize("kind", ["identity", "strict"])
+async def test_no_memory_for_a_pool(untrusted: MakeSide, kind: str) -> None:
+    side = await untrusted(kind, untrusted=kind == "strict")
+    memory = side.machine.memory
+    buffer = memory.alloc(3 * PAGE, scattered=True)[64 : 2 * PAGE]
+    kept = []
+    with contextlib.suppress(MemoryError):
+        while True:
+            kept.append(memory.alloc(1 << 20))
+    with pytest.raises(DmaMappingError) as raised:
+        side.dma.map_single(buffer, TO_DEVICE)
+    assert raised.value.errno == errno.ENOMEM
+    kept.clear()
+    side.dma.unmap_single(side.dma.map_single(buffer, TO_DEVICE), buffer.nbytes, TO_DEVICE)
+    assert side.used == 0
 
 
 async def test_every_vp_bounces(untrusted: MakeSide) -> None:
