@@ -139,7 +139,8 @@ class NestedHwpt(Hwpt):
                 if gone.first <= gone.last:
                     with as_vfio_errors("hwpt_invalidate"):
                         self.domain.flush_range(gone.first, gone.last)
-            # Also after a removal that met, and took, what changed under it.
+                    # A page that changed under the removal went whole, and may reach out of the range.
+                    first, last = min(first, gone.first), max(last, gone.last)
             if found.missing or found.stale:
                 self._pass(lib.pv_shadow_add, self.domain, first, last)
         except BaseException:
