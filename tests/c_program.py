@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-fno-strict-aliasing", "-pthread", f"-I{ROOT / 'pvfio'}")
+FLAGS = (
+    *("-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-fno-strict-aliasing", "-pthread"),
+    *(f"-I{ROOT / room}" for room in ("pvfio", "tests")),
+)
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 # What a sanitizer of Python's own process preloads or leaves out is not for these programs.

@@ -1,13 +1,13 @@
 """What all tests share: how many examples hypothesis tries, chosen by ``HYPOTHESIS_PROFILE``, and a small
 machine.
 
-``dev`` is the default, ``ci`` where ``CI`` is set, ``nightly`` is for campaigns. No profile has a deadline:
+``dev`` is the default, ``ci`` where ``CI`` is set, ``sanitized`` for a second run under sanitizers, ``nightly`` is for
+campaigns. No profile has a deadline:
 two busy cores say nothing about one example.
 """
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 from hypothesis import HealthCheck, settings
+
+from tests.profiles import PROFILE
 
 if TYPE_CHECKING:
     from pvfio.backends.emulated import EmulatedVfio
@@ -36,7 +38,10 @@ settings.register_profile(
 settings.register_profile(
     "nightly", deadline=None, max_examples=5000, print_blob=True, suppress_health_check=SLOW_MACHINE
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+settings.register_profile(
+    "sanitized", deadline=None, max_examples=25, print_blob=True, suppress_health_check=SLOW_MACHINE
+)
+settings.load_profile(PROFILE)
 
 
 @dataclass

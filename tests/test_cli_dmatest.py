@@ -13,8 +13,6 @@ import pytest
 from pvfio import cli, cli_bench
 from pvfio.workloads.operations import OPERATIONS
 
-pytestmark = pytest.mark.touches_c
-
 
 def run(capfd: Any, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output, standard error of the command in this process."""

@@ -11,8 +11,6 @@ import pytest
 
 import pvfio
 
-pytestmark = pytest.mark.touches_c
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 WORDS = {

@@ -29,13 +29,13 @@ from pvfio.guest.dma_types import (
     segments_of,
     span,
 )
-from pvfio.guest.swiotlb import Bounce
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pvfio.guest.kernel import GuestKernel
     from pvfio.guest.pci import PciDevice
+    from pvfio.guest.swiotlb import BouncePool
     from pvfio.memory import DmaBuffer
 
 __all__ = [
@@ -63,7 +63,7 @@ class DmaDevice:
 
     ``mask_bits``: how wide an address it can put on the bus. Without an IOMMU, or behind an identity domain, DMA
     addresses are GPAs, nothing is pinned and an unmap has nothing to check. ``untrusted`` needs a strict domain,
-    and makes the group's strict where it may (VfioError EBUSY's reason otherwise). ``max_segment`` bounds what
+    and makes the group's strict for good where it may (EBUSY otherwise). ``max_segment`` bounds what
     ``map_sg`` puts together. Every method is synchronous; all raise ``DmaMappingError``.
     """
 
@@ -78,8 +78,6 @@ class DmaDevice:
         self._group = device.iommu_group
         self._direct = DmaDomain(kernel.memory, None, "identity")
         self._debug: DmaDebugHook | None = kernel.dma_debug
-        # Bounce buffers by each page of their DMA addresses.
-        self._bounces: dict[int, Bounce] = {}
         self._limit = 0
         if untrusted:
             self._contain()
@@ -89,7 +87,7 @@ class DmaDevice:
         if self._group is None:
             raise self._error(errno.ENODEV, "contain", "no IOMMU for an untrusted device")
         try:
-            self._group.set_default_domain("strict")
+            self._group.distrust(self.device)
         except VfioError as error:
             raise self._error(error.errno or 0, "contain", error.reason) from error
 
@@ -283,7 +281,8 @@ class DmaDevice:
             self._sync(segment.address, segment.length, direction, to_cpu)
 
     def _sync(self, address: int, size: int, direction: int, to_cpu: bool) -> None:
-        bounce = self._bounces.get(address >> 12) if self._bounces else None
+        bounces = self.domain.bounces
+        bounce = bounces.get(address >> 12) if bounces else None
         if bounce is not None:
             bounce.sync(direction, address - bounce.address, size, to_cpu=to_cpu)
         elif not (0 <= address < 1 << 64 and self.domain.is_mapped(address)):
@@ -294,14 +293,15 @@ class DmaDevice:
             if self._debug is not None:
                 self._debug.unmap_refused()
             self._bad(direction, size, "unmap")
-        bounce = self._bounces.get(address >> 12) if self._bounces else None
+        domain = self.domain
+        bounce = domain.bounces.get(address >> 12) if domain.bounces else None
         try:
             if bounce is None:
-                self.domain.unmap(address, size)
+                domain.unmap(address, size)
                 return
             if bounce.address != address or -(-size // _PAGE) * _PAGE != bounce.whole:
                 raise OSError(errno.EINVAL, "not the bounce buffer that is mapped there")
-            self.domain.unmap(address, bounce.whole)
+            domain.unmap(address, bounce.whole)
         except OSError as error:
             if self._debug is not None:
                 self._debug.unmap_refused()
@@ -311,9 +311,8 @@ class DmaDevice:
         # After the unmap: what the device writes now is nobody's.
         if direction != Direction.TO_DEVICE and not attrs & DMA_ATTR_SKIP_CPU_SYNC:
             bounce.to_cpu(0, size)
-        for page in range(address >> 12, address + bounce.whole >> 12):
-            del self._bounces[page]
-        self.kernel.bounce_pool.give(bounce)
+        for page in bounce.pages:
+            del domain.bounces[page]
 
     def _map_each(self, entries: Sequence[DmaBuffer], direction: int, attrs: int) -> list[DmaSegment]:
         debug, self._debug = self._debug, None
@@ -348,23 +347,26 @@ class DmaDevice:
         return segments_of(entries, at, self.max_segment)
 
     def _bounce(self, memory: npt.NDArray[np.uint8], direction: int) -> int:
-        pool = self.kernel.bounce_pool
+        pool = self._pool()
         bounce = pool.take(memory)
         try:
-            address = self.domain.map_phys(bounce.gpa, bounce.whole, _PERM[direction], self._limit)
+            return self.domain.map_bounce(bounce, _PERM[direction], self._limit, pool)
         except BaseException:
             pool.give(bounce)
             raise
-        bounce.address = address
-        for page in range(address >> 12, address + bounce.whole >> 12):
-            self._bounces[page] = bounce
-        return address
+
+    def _pool(self) -> BouncePool:
+        try:
+            return self.kernel.bounce_pool
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, "no memory for bounce buffers") from error
 
     def _bounce_direct(self, refused: OSError, buffer: DmaBuffer, size: int) -> int:
         """Without an IOMMU, memory out of reach is bounced; anything else, and what cannot be, is an error."""
-        if refused.errno == errno.EIO and self.kernel.bounce_pool.last <= self._limit:
+        if refused.errno == errno.EIO:
             try:
-                return self._bounce(_bytes_of(buffer), Direction.BIDIRECTIONAL)
+                if self._pool().last <= self._limit:
+                    return self._bounce(_bytes_of(buffer), Direction.BIDIRECTIONAL)
             except OSError as error:
                 refused = error
         raise self._error(refused.errno or 0, "map", refused.strerror or "", size=size) from refused

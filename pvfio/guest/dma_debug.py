@@ -165,20 +165,12 @@ class DmaDebug:
         """
         here = _caller()
         new = LiveMapping(device, kind, address, size, direction, cpu, entries, here)
-        found = self._live.setdefault((device, address), [])
-        if not found:
-            insort(self._order.setdefault(device, []), address)
-        found.append(new)
+        line = self._know(new)
         self._ended.pop((device, address), None)
-        if cpu and direction != _TO_DEVICE:
-            line = cpu >> _CACHE_LINE_SHIFT
-            self._lines[line] += 1
-            if self._lines[line] > 1:
-                other = self._other_writer(new, line)
-                detail = (
-                    f"a device may write this memory through {other.address:#x} of {other.device} already"
-                )
-                self._record([DmaMisuse(Rule.OVERLAP, device, address, size, detail, here, other.at)])
+        if line is not None and self._lines[line] > 1:
+            other = self._other_writer(new, line)
+            detail = f"a device may write this memory through {other.address:#x} of {other.device} already"
+            self._record([DmaMisuse(Rule.OVERLAP, device, address, size, detail, here, other.at)])
 
     def unmapping(
         self,
@@ -215,7 +207,7 @@ class DmaDebug:
         """The unmap that was announced last came to nothing: the mapping lives on."""
         mapping, self._last = self._last, None
         if mapping is not None:
-            del self._ended[mapping.device, mapping.address]
+            self._ended.pop((mapping.device, mapping.address), None)
             self._know(mapping)
 
     def syncing(

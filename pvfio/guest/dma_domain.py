@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import typing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pvfio.abi import ffi, lib
@@ -21,10 +22,11 @@ from pvfio.guest.iova_domain import IovaDomain
 from pvfio.guest.transport import current_vp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pvfio.guest.paging_domain import PagingDomain
     from pvfio.guest.pviommu import PvIommu
+    from pvfio.guest.swiotlb import Bounce, BouncePool
     from pvfio.memory import GuestMemory
 
 __all__ = ["DmaDomain", "DomainKind", "Spawn", "check_kind"]
@@ -56,7 +58,8 @@ class DmaDomain:
     """The DMA addresses of one group's devices.
 
     ``domain`` is the paging domain, ``iova`` its allocator, ``queue`` the flush queue where the kind is lazy; None
-    otherwise, the first two for identity too. Sizes are bytes; ``perm`` is read 1, write 2; ``limit`` is the highest
+    otherwise, the first two for identity too. ``bounces`` are its bounce buffers by every page of their DMA
+    addresses. Sizes are bytes; ``perm`` is read 1, write 2; ``limit`` is the highest
     address the device can put on the bus. Every method is synchronous. Without an IOMMU only identity can be.
     """
 
@@ -70,8 +73,9 @@ class DmaDomain:
         self.queue: FlushQueue | None = None
         self._spawn = spawn
         self._ptr: Any = None
-        # Extents of mappings that lie in several, by the IOVA.
-        self._pins: dict[int, list[int]] = {}
+        self.bounces: dict[int, Bounce] = {}
+        # What gives a mapping's memory back when it has ended, by the DMA address, where it is not one extent's pin.
+        self._release: dict[int, Callable[[], None]] = {}
         # (address, VP) of ended mappings that no flush has covered.
         self._unflushed: list[tuple[int, int]] = []
         if kind != "identity":
@@ -145,7 +149,17 @@ class DmaDomain:
         if address < 0:
             self._refused(address)
         if pins:
-            self._pins[address & ~_OFFSET] = pins
+            self._release[address & ~_OFFSET] = partial(self._unpin, pins)
+        return address
+
+    def map_bounce(self, bounce: Bounce, perm: int, limit: int, pool: BouncePool) -> int:
+        """Maps a bounce buffer, sets its ``address``, and gives it back to its pool when no device can reach it any
+        more after the unmap. Raises ``OSError`` as ``map_phys``; it is the caller's still then.
+        """
+        address = self.map_phys(bounce.gpa, bounce.whole, perm, limit)
+        bounce.address = address
+        self.bounces.update((page, bounce) for page in bounce.pages)
+        self._release[address] = partial(pool.give, bounce)
         return address
 
     def unmap(self, address: int, size: int) -> None:
@@ -155,6 +169,8 @@ class DmaDomain:
         """
         if self._ptr is None:
             self._check_live()
+            if self._release:
+                self._ended(address)
             return
         try:
             if self.queue is None:
@@ -168,31 +184,36 @@ class DmaDomain:
         if flags < 0:
             self._unmap_full(flags, address, size)
             return
-        if self._pins:
-            self._unpin(address)
+        if self._release:
+            self._ended(address & ~_OFFSET)
         if flags:
             self.queue.added(flags)
 
     def is_mapped(self, address: int) -> bool:
         """Whether a device can read that byte; always, for identity."""
-        return self.domain is None or self.domain.iova_to_phys(address) is not None
+        if self.domain is None:
+            return True
+        return self._ptr is not None and self.domain.iova_to_phys(address) is not None
 
     def flush(self) -> bool:
         """Flushes the queue now; False where the host refuses."""
         return self.queue is None or self.queue.flush()
 
     def close(self) -> None:
-        """Frees it, and the pins of what is still mapped. Raises ``IommuError`` EBUSY while a device is in it."""
-        if self.domain is None or self.iova is None or not self.domain.live:
-            return
-        self.domain.free()
+        """Frees it, and the memory of what is still mapped. Raises ``IommuError`` EBUSY while a device is in it."""
+        if self.domain is not None and self.iova is not None and self.domain.live:
+            self._free(self.domain, self.iova)
+        self.bounces.clear()
+        for address in list(self._release):
+            self._ended(address)
+
+    def _free(self, domain: PagingDomain, iova: IovaDomain) -> None:
+        domain.free()
         if self.queue is not None:
             self.queue.close()
-        for _, _, pin in self.iova.ranges():
+        for _, _, pin in iova.ranges():
             if pin >= 0:
                 self.memory.unpin(pin)
-        for iova in list(self._pins):
-            self._unpin(iova)
         self._ptr = self.iova = self.queue = None
 
     def _check_live(self) -> None:
@@ -212,8 +233,8 @@ class DmaDomain:
         start = address & ~_OFFSET
         if self.domain.flush_range(start, (address + size - 1) | _OFFSET):
             _end(self._ptr, current_vp(), start)
-            if self._pins:
-                self._unpin(start)
+            if self._release:
+                self._ended(start)
             if self._unflushed:
                 self._settle()
         else:
@@ -224,7 +245,7 @@ class DmaDomain:
         """A flush has covered whatever was held back."""
         for address, vp in self._unflushed:
             _end(self._ptr, vp, address)
-            self._unpin(address)
+            self._ended(address)
         self._unflushed.clear()
 
     def _unmap_full(self, error: int, address: int, size: int) -> None:
@@ -235,8 +256,14 @@ class DmaDomain:
         self._unflushed.append((address & ~_OFFSET, current_vp()))
         self.queue.flush()
 
-    def _unpin(self, address: int) -> None:
-        for pin in self._pins.pop(address & ~_OFFSET, ()):
+    def _ended(self, address: int) -> None:
+        """The mapping that begins in this page can be reached no more, or (lazy) need not be waited for."""
+        release = self._release.pop(address, None)
+        if release is not None:
+            release()
+
+    def _unpin(self, pins: list[int]) -> None:
+        for pin in pins:
             self.memory.unpin(pin)
 
     def _refused(self, error: int) -> NoReturn:

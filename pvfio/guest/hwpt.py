@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import errno
 import logging
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from pvfio.abi import ffi, lib
 from pvfio.errors import HypercallError, IommuError, VfioError
-from pvfio.guest.ioas import Ioas, as_vfio_errors
+from pvfio.guest.ioas import Ioas
 from pvfio.guest.ioas_iova import TOP
+from pvfio.guest.refusals import as_vfio_errors
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
@@ -37,7 +39,7 @@ SHADOW_BUDGET = 1 << 21
 _LEVELS = {48: 4, 57: 5}
 
 
-class Hwpt:
+class Hwpt(ABC):
     """What both kinds have: a device domain, and the groups attached to it."""
 
     domain: PagingDomain
@@ -47,9 +49,9 @@ class Hwpt:
         self.groups: list[IommuGroup] = []
 
     @property
+    @abstractmethod
     def paging(self) -> PagingHwpt:
         """The page table that carries an address space: this one, or the parent."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Frees the domain; no group is attached. One that a device is stuck in is emptied and kept."""
@@ -137,7 +139,8 @@ class NestedHwpt(Hwpt):
                 if gone.first <= gone.last:
                     with as_vfio_errors("hwpt_invalidate"):
                         self.domain.flush_range(gone.first, gone.last)
-            # Also after a removal that met, and took, what changed under it.
+                    # A page that changed under the removal went whole, and may reach out of the range.
+                    first, last = min(first, gone.first), max(last, gone.last)
             if found.missing or found.stale:
                 self._pass(lib.pv_shadow_add, self.domain, first, last)
         except BaseException:

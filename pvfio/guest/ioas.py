@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from pvfio.abi import lib
-from pvfio.errors import HypercallError, IommuError, PageTableError, VfioError
+from pvfio.errors import VfioError
 from pvfio.guest.ioas_iova import TOP, IovaSpace
 from pvfio.guest.ioas_pages import PAGE, Pages, PageStore
 from pvfio.guest.mapping_index import Mapping, MappingIndex
+from pvfio.guest.refusals import as_vfio_errors
 
 if TYPE_CHECKING:
     from pvfio.guest.paging_domain import PagingDomain
     from pvfio.guest.type1 import LockedMemory
     from pvfio.guest.type1_iova import IovaRange
 
-__all__ = ["FIXED", "PROT", "Carrier", "Ioas", "as_vfio_errors"]
+__all__ = ["FIXED", "PROT", "Carrier", "Ioas"]
 
 FIXED: int = lib.IOMMU_IOAS_MAP_FIXED_IOVA
 _READ: int = lib.IOMMU_IOAS_MAP_READABLE
@@ -36,17 +36,6 @@ _PERM = {_READ: lib.PT_READ, _WRITE: lib.PT_WRITE, PROT: lib.PT_READ | lib.PT_WR
 
 Slice = tuple[Pages, int, int]
 """Pages, the process address a piece of them begins at, and its bytes."""
-
-
-@contextmanager
-def as_vfio_errors(operation: str) -> Iterator[None]:
-    """What the IOMMU and the page tables refuse, as the errno of a request."""
-    try:
-        yield
-    except (HypercallError, IommuError, PageTableError) as error:
-        raise VfioError(error.errno or errno.EIO, operation, error.reason) from error
-    except MemoryError as error:
-        raise VfioError(errno.ENOMEM, operation, str(error)) from error
 
 
 class Carrier(Protocol):

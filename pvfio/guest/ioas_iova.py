@@ -69,13 +69,16 @@ class IovaSpace:
 
         Raises ``VfioError``: EINVAL (a range of one byte or less, two that overlap), EADDRINUSE (reserved).
         """
-        for i, (start, last) in enumerate(ranges):
-            if start >= last or _overlap(ranges[:i], start, last):
+        before = -1
+        ordered = sorted(ranges)
+        for start, last in ordered:
+            if start >= last or start <= before:
                 raise VfioError(errno.EINVAL, "allow_iovas", f"{start:#x}-{last:#x} is empty or overlaps")
-        for start, last in ranges:
+            before = last
+        for start, last in ordered:
             if self.reserved(start, last):
                 raise VfioError(errno.EADDRINUSE, "allow_iovas", f"{start:#x}-{last:#x} is reserved in part")
-        self.allowed = tuple(sorted(ranges))
+        self.allowed = tuple(ordered)
 
     def find(self, vaddr: int, length: int, alignment: int) -> int:
         """A free place for ``length`` bytes, congruent to ``vaddr`` as far as large pages can use it; never 0.

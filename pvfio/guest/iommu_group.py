@@ -55,6 +55,7 @@ class IommuGroup:
         self.dma = DmaDomain(iommu.memory, iommu, kind, spawn=spawn)
         self.domain: Domain = self.default_domain
         self.owner: object | None = None
+        self._untrusted: set[PciDevice] = set()
         self.devices: list[PciDevice] = []
         for device in devices:
             self.add_device(device)
@@ -75,7 +76,8 @@ class IommuGroup:
     def set_default_domain(self, kind: DomainKind) -> None:
         """Changes what the default domain is; mappings of the DMA API do not outlive it.
 
-        Raises ``ValueError`` for an unknown kind, ``VfioError`` EBUSY while a driver that uses the default domain
+        Raises ``ValueError`` for an unknown kind, ``VfioError`` EINVAL for another one than strict where a device is
+        not trusted, EBUSY while a driver that uses the default domain
         is bound or the group's DMA is claimed (from strict to lazy it may be, as on Linux), and
         ``HypercallError`` where a device cannot be moved; nothing has changed then.
         """
@@ -83,13 +85,17 @@ class IommuGroup:
         old = self.dma
         if kind == old.kind:
             return
+        operation = f"default domain of IOMMU group {self.id}"
+        if self._untrusted and kind != "strict":
+            names = ", ".join(sorted(device.name for device in self._untrusted))
+            raise VfioError(errno.EINVAL, operation, f"{names} is not trusted")
         if (old.kind, kind) == ("strict", "lazy"):
             old.make_lazy()
             return
         users = self.kernel_users
         if users or self.owner is not None:
             who = f"{users[0].name} belongs to {users[0].driver}" if users else f"claimed by {self.owner}"
-            raise VfioError(errno.EBUSY, f"default domain of IOMMU group {self.id}", who)
+            raise VfioError(errno.EBUSY, operation, who)
         new = DmaDomain(self.iommu.memory, self.iommu, kind, spawn=self._spawn)
         try:
             self._set_domain(new.domain or self.iommu.identity)
@@ -98,6 +104,13 @@ class IommuGroup:
             raise
         self.dma = new
         old.close()
+
+    def distrust(self, device: PciDevice) -> None:
+        """Makes the default domain strict, for as long as the device is in the group. Raises as
+        ``set_default_domain``.
+        """
+        self.set_default_domain("strict")
+        self._untrusted.add(device)
 
     def close(self) -> None:
         """Frees the default domain. Raises ``IommuError`` EBUSY while a device is in it."""
@@ -124,6 +137,7 @@ class IommuGroup:
             raise ValueError(f"{device.name} is not in IOMMU group {self.id}")
         self.iommu.release(device)
         self.devices.remove(device)
+        self._untrusted.discard(device)
         device.iommu_group = None
         device.driver = None
 

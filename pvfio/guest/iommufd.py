@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pvfio.errors import VfioError
 from pvfio.guest.hwpt import Hwpt, NestedHwpt, PagingHwpt
-from pvfio.guest.ioas import Ioas, as_vfio_errors
+from pvfio.guest.ioas import Ioas
 from pvfio.guest.ioas_pages import PageStore
 from pvfio.guest.iommufd_ioctl import iommufd_ioctl
+from pvfio.guest.refusals import as_vfio_errors
 
 if TYPE_CHECKING:
     from pvfio.guest.iommu_group import IommuGroup
@@ -264,7 +265,7 @@ class IommufdFile:
                 return self.number_of(carrier)
         number = self.alloc_hwpt(device, ioas, nest_parent=False, auto=True)
         try:
-            self._attach(device, self.get(number, Hwpt))
+            self._attach(device, self.get(number, PagingHwpt))
         except BaseException:
             self._destroy(number, self.objects[number])
             raise

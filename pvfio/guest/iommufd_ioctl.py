@@ -26,6 +26,7 @@ __all__ = ["copy_struct", "iommufd_ioctl"]
 
 _MAX_ENTRY = 4096
 _PAGE = 4096
+_WORD = ffi.typeof("uint32_t *")
 
 
 def _refused(number: int, operation: str, reason: str) -> VfioError:
@@ -37,20 +38,24 @@ def iommufd_ioctl(file: IommufdFile, request: int, arg: Any) -> int:
     known = _REQUESTS.get(request)
     if known is None:
         raise _refused(errno.ENOTTY, f"ioctl {request:#x}", "not a request of iommufd")
-    name, least, handler = known
+    name, kind, size, least, handler = known
     if isinstance(arg, int) or arg == ffi.NULL:
         raise _refused(errno.EFAULT, name, "no structure")
-    given: int = ffi.cast("uint32_t *", arg)[0]
+    given: int = ffi.cast(_WORD, arg)[0]
     if given < least:
         raise _refused(errno.EINVAL, name, f"size {given} is below {least}")
-    command = ffi.new(f"struct {name} *")
-    copy_struct(name, command, bytes(ffi.buffer(ffi.cast("char *", arg), given)))
+    command = ffi.new(kind)
+    if given > _MAX_ENTRY:
+        raise _refused(errno.E2BIG, name, f"a structure of {given} bytes")
+    ffi.memmove(command, arg, min(size, given))
+    if given > size and any(_read_user(name, int(ffi.cast("uintptr_t", arg)) + size, given - size)):
+        raise _refused(errno.E2BIG, name, "an unknown part of the structure is not zero")
     try:
         handler(file, command)
     except _Answered as answer:
-        _respond(command, arg, given)
+        ffi.memmove(arg, command, min(given, size))
         raise answer.error from None
-    _respond(command, arg, given)
+    ffi.memmove(arg, command, min(given, size))
     return 0
 
 
@@ -68,10 +73,6 @@ def copy_struct(name: str, into: Any, given: bytes) -> None:
     if any(given[size:]):
         raise _refused(errno.E2BIG, name, "an unknown part of the structure is not zero")
     ffi.memmove(into, given, min(size, len(given)))
-
-
-def _respond(command: Any, arg: Any, given: int) -> None:
-    ffi.memmove(arg, command, min(given, ffi.sizeof(ffi.typeof(command).item)))
 
 
 def _read_user(operation: str, address: int, size: int) -> bytes:
@@ -238,7 +239,9 @@ def _get_hw_info(file: IommufdFile, command: Any) -> None:
     _zero("get_hw_info", command.flags, getattr(command, "__reserved"))
     info = hw_info(file.get(command.dev_id, BoundDevice).group.group.iommu)
     given = command.data_len
-    _write_user("get_hw_info", command.data_uptr, info[:given] + bytes(min(max(given - len(info), 0), _PAGE)))
+    _write_user("get_hw_info", command.data_uptr, info[:given])
+    for at in range(len(info), given, _PAGE):
+        _write_user("get_hw_info", command.data_uptr + at, bytes(min(given - at, _PAGE)))
     command.data_len = len(info)
     command.out_data_type = lib.IOMMU_HW_INFO_TYPE_INTEL_VTD
     command.out_capabilities = 0
@@ -304,10 +307,12 @@ def _end_of(struct: str, field: str) -> int:
 
 
 def _request(struct: str, field: str, handler: Callable[[IommufdFile, Any], None]) -> Any:
-    return struct, _end_of(struct, field), handler
+    """Name, pointer type, bytes, least bytes and handler of a request."""
+    name = f"struct {struct}"
+    return struct, ffi.typeof(f"{name} *"), ffi.sizeof(name), _end_of(struct, field), handler
 
 
-_REQUESTS: dict[int, tuple[str, int, Callable[[IommufdFile, Any], None]]] = {
+_REQUESTS: dict[int, tuple[str, Any, int, int, Callable[[IommufdFile, Any], None]]] = {
     lib.IOMMU_DESTROY: _request("iommu_destroy", "id", _destroy),
     lib.IOMMU_IOAS_ALLOC: _request("iommu_ioas_alloc", "out_ioas_id", _ioas_alloc),
     lib.IOMMU_IOAS_ALLOW_IOVAS: _request("iommu_ioas_allow_iovas", "allowed_iovas", _allow_iovas),

@@ -335,7 +335,8 @@ void pv_iova_get_stats(const struct pv_iova *space, struct pv_iova_stats *out)
                                   .live_pages = space->live_pages,
                                   .cached = space->cached,
                                   .cached_pages = space->cached_pages,
-                                  .gaps = space->gaps.count};
+                                  .gaps = space->gaps.count,
+                                  .visited = space->gaps.visited};
     gaps_check(&space->gaps, &out->gap_pages);
     out->bytes = sizeof(*space) + space->slot_count * sizeof(*space->slots) +
                  space->gaps.capacity * sizeof(struct gap) + space->magazines * sizeof(struct magazine) +

@@ -1,7 +1,8 @@
 /*
  * IOVAs for the DMA API: which pages of a device's address space are in use.
  *
- * A range is aligned to its size (rounded up to a power of two) and taken from the top below the device's mask. Ranges of
+ * A range is aligned to its size (rounded up to a power of two) and begins the highest free block of that size below the
+ * device's mask; where no whole block is free, it lies in the highest place that holds it. Ranges of
  * up to 32 pages are rounded up and, when freed, kept in magazines of 128: two a VP and size, and a depot of 32 a
  * size, as Linux's iova rcache has them. So the same ranges go round without the tree of gaps (iova_gaps.h) being touched.
  * What is in the magazines is given back to the tree when it has no place left. Reserved ranges are never handed out.
@@ -38,6 +39,7 @@ struct pv_iova_stats {
     uint64_t cached_pages;
     uint64_t gaps;
     uint64_t gap_pages;
+    uint64_t visited;     /* gaps looked at in all searches */
     uint64_t bytes;       /* of process memory */
 };
 

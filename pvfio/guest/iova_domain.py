@@ -33,6 +33,7 @@ class IovaStats(NamedTuple):
     cached_pages: int
     gaps: int
     gap_pages: int
+    visited: int
     bytes: int
 
 

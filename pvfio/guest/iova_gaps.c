@@ -184,6 +184,7 @@ static void carve(struct gaps *gaps, uint32_t at, uint64_t start, uint64_t last)
 struct wanted {
     uint64_t pages, limit, mask;
     int order; /* an aligned power of two that any place for it holds */
+    uint64_t visited;
 };
 
 static uint64_t place_in(const struct gap *gap, const struct wanted *wanted)
@@ -195,9 +196,10 @@ static uint64_t place_in(const struct gap *gap, const struct wanted *wanted)
     return place >= gap->start ? place : GAPS_NONE;
 }
 
-static uint32_t find(const struct gap *nodes, uint32_t at, const struct wanted *wanted, uint64_t *place)
+static uint32_t find(const struct gap *nodes, uint32_t at, struct wanted *wanted, uint64_t *place)
 {
     while (at && nodes[at].max_order >= wanted->order && nodes[at].max_size >= wanted->pages) {
+        wanted->visited++;
         if (nodes[at].start <= wanted->limit) {
             uint32_t found = find(nodes, nodes[at].right, wanted, place);
             if (found)
@@ -213,16 +215,18 @@ static uint32_t find(const struct gap *nodes, uint32_t at, const struct wanted *
 
 uint64_t gaps_take(struct gaps *gaps, uint64_t pages, uint32_t align, uint64_t limit)
 {
-    if (!gaps->root || !pages || align > 52)
+    if (!gaps->root || !pages || align > 52 || pages > 1ull << align)
         return GAPS_NONE;
-    int order = 63 - __builtin_clzll(pages);
-    if ((int)align < order)
-        order = (int)align;
-    struct wanted wanted = {.pages = pages, .limit = limit, .mask = (1ull << align) - 1, .order = order};
-    if (pages == 1ull << align)
-        wanted.order = (int)align;
+    struct wanted wanted = {.pages = 1ull << align, .limit = limit, .mask = (1ull << align) - 1, .order = (int)align};
     uint64_t place = GAPS_NONE;
+    /* A whole aligned power of two is found at once: the tree knows where one is. */
     uint32_t at = find(gaps->nodes, gaps->root, &wanted, &place);
+    if (!at && pages < 1ull << align) {
+        wanted.pages = pages;
+        wanted.order = 63 - __builtin_clzll(pages);
+        at = find(gaps->nodes, gaps->root, &wanted, &place);
+    }
+    gaps->visited += wanted.visited;
     if (!at)
         return GAPS_NONE;
     carve(gaps, at, place, place + pages - 1);

@@ -1,7 +1,7 @@
 /*
  * The free gaps of an IOVA space, in pages: a treap ordered by address in which every node knows the largest gap and the
- * largest aligned power of two below it. So the highest place that fits is found without looking at gaps that do not
- * fit, however many there are.
+ * largest aligned power of two below it. So the highest block of a power of two is found without looking at gaps that hold
+ * none, however many there are.
  *
  * Not modelled: locking.
  */
@@ -28,12 +28,14 @@ struct gaps {
     uint32_t free_list, root;
     uint32_t count;
     uint32_t random;
+    uint64_t visited; /* gaps looked at in all searches */
 };
 
 /* Room for that many gaps in all; false for lack of memory. */
 bool gaps_reserve(struct gaps *gaps, uint64_t count);
-/* The highest place of `pages` pages whose start is aligned to 2^align and whose last page is at most `limit`; it is no
- * gap any more. GAPS_NONE where there is none. Needs room for one more gap. */
+/* Takes `pages` (at most 2^align) pages out, from an aligned start, none above `limit`: the first ones of the highest free
+ * 2^align; where no such block is free, the highest place that holds them, which looks at gaps one by one. GAPS_NONE where
+ * there is none. Needs room for one more gap. */
 uint64_t gaps_take(struct gaps *gaps, uint64_t pages, uint32_t align, uint64_t limit);
 /* Takes [start, last] out, wherever it is free. Needs room for one more gap. Pages that were free. */
 uint64_t gaps_take_range(struct gaps *gaps, uint64_t start, uint64_t last);

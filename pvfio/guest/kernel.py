@@ -112,7 +112,7 @@ class GuestKernel:
     def bounce_pool(self) -> BouncePool:
         """The DMA API's bounce buffers, made when first asked for. Raises ``MemoryError``."""
         if self._bounce_pool is None:
-            self._bounce_pool = BouncePool(self.memory)
+            self._bounce_pool = BouncePool(self.memory, vps=self.transport.vps)
         return self._bounce_pool
 
     def add_bus(

@@ -61,7 +61,10 @@ struct pv_mappings {
     uint32_t height; /* inner levels above the leaves */
     uint64_t count;
     struct path near; /* to the last leaf looked at: the next call is likely to be about its neighbourhood */
-    struct node_pool pool;
+    uint64_t max_bytes;
+    /* Apart, so that the inner nodes, which every search passes, lie together: few translations for the processor. */
+    struct node_pool leaves;
+    struct node_pool inners;
 };
 
 /* Search. */
@@ -190,7 +193,10 @@ void pv_mappings_prefetch(const struct pv_mappings *m, uint64_t iova, uint32_t s
         const struct inner *inner = node;
         node = inner->child[inner_find(inner, iova)];
     }
-    prefetch(node);
+    if (step == 1)
+        __builtin_prefetch(node);
+    else
+        prefetch(node);
 }
 
 static inline void entry_out(const struct entry *entry, struct pv_mapping *out)
@@ -275,7 +281,7 @@ static void link_right(struct pv_mappings *m, struct path *path, uint32_t level,
             inner_put(node, at, key, child);
             return;
         }
-        struct inner *right = node_pool_get(&m->pool);
+        struct inner *right = node_pool_get(&m->inners);
         uint32_t keep = edge > 0 ? INNER_MAX - 1 : edge < 0 ? 2 : (INNER_MAX + 1) / 2;
         right->count = INNER_MAX - keep;
         inner_copy(right, 0, node, keep, right->count);
@@ -288,7 +294,7 @@ static void link_right(struct pv_mappings *m, struct path *path, uint32_t level,
         key = separator;
         child = right;
     }
-    struct inner *root = node_pool_get(&m->pool);
+    struct inner *root = node_pool_get(&m->inners);
     root->count = 2;
     root->key[0] = 0;
     root->child[0] = m->root;
@@ -308,7 +314,7 @@ static void leaf_put(struct leaf *leaf, uint32_t at, const struct entry *entry)
 static void leaf_split_put(struct pv_mappings *m, struct path *path, const struct entry *entry)
 {
     struct leaf *leaf = path->leaf;
-    struct leaf *right = node_pool_get(&m->pool);
+    struct leaf *right = node_pool_get(&m->leaves);
     int edge = 0;
     uint32_t keep = (LEAF_MAX + 1) / 2;
     if (path->pos == LEAF_MAX && on_edge(m, path, true)) {
@@ -328,15 +334,34 @@ static void leaf_split_put(struct pv_mappings *m, struct path *path, const struc
     link_right(m, path, m->height, right->e[0].iova, right, edge);
 }
 
-static uint32_t nodes_needed(const struct pv_mappings *m, const struct path *path)
+/* How many inner nodes a split of the path's leaf makes. */
+static uint32_t inners_needed(const struct pv_mappings *m, const struct path *path)
 {
-    uint32_t needed = 1;
+    uint32_t needed = 0;
     uint32_t level = m->height;
     while (level > 0 && path->node[level - 1]->count == INNER_MAX) {
         needed++;
         level--;
     }
     return level ? needed : needed + 1;
+}
+
+/* What one pool may take beside the other; never 0, which is no limit. */
+static uint64_t share(const struct pv_mappings *m, const struct node_pool *other)
+{
+    if (!m->max_bytes)
+        return 0;
+    return m->max_bytes > other->bytes ? m->max_bytes - other->bytes : 1;
+}
+
+/* Makes sure of a leaf and so many inner nodes. */
+static bool reserve(struct pv_mappings *m, uint32_t inners)
+{
+    m->leaves.max_bytes = share(m, &m->inners);
+    if (!node_pool_reserve(&m->leaves, 1))
+        return false;
+    m->inners.max_bytes = share(m, &m->leaves);
+    return node_pool_reserve(&m->inners, inners);
 }
 
 int pv_mappings_insert(struct pv_mappings *m, uint64_t iova, uint64_t size, uint64_t vaddr, uint32_t flags,
@@ -348,9 +373,9 @@ int pv_mappings_insert(struct pv_mappings *m, uint64_t iova, uint64_t size, uint
         return -EOVERFLOW;
     struct entry entry = {iova, iova + (size - 1), vaddr, (uint64_t)flags << COOKIE_BITS | cookie};
     if (!m->root) {
-        if (!node_pool_reserve(&m->pool, 1))
+        if (!reserve(m, 0))
             return -ENOMEM;
-        struct leaf *leaf = node_pool_get(&m->pool);
+        struct leaf *leaf = node_pool_get(&m->leaves);
         leaf->count = 1;
         leaf->e[0] = entry;
         m->root = leaf;
@@ -367,7 +392,7 @@ int pv_mappings_insert(struct pv_mappings *m, uint64_t iova, uint64_t size, uint
     if (path->leaf->count < LEAF_MAX) {
         leaf_put(path->leaf, path->pos, &entry);
     } else {
-        if (m->height == MAX_HEIGHT || !node_pool_reserve(&m->pool, nodes_needed(m, path)))
+        if (m->height == MAX_HEIGHT || !reserve(m, inners_needed(m, path)))
             return -ENOMEM;
         leaf_split_put(m, path, &entry);
         forget_path(m);
@@ -450,14 +475,14 @@ static void rebalance(struct pv_mappings *m, struct path *path)
         if (!merged)
             return;
         inner_drop(parent, left + 1);
-        node_pool_put(&m->pool, b);
+        node_pool_put(level == m->height ? &m->leaves : &m->inners, b);
         small = parent->count < INNER_MIN;
     }
     while (m->height && ((struct inner *)m->root)->count == 1) {
         struct inner *root = m->root;
         m->root = root->child[0];
         m->height--;
-        node_pool_put(&m->pool, root);
+        node_pool_put(&m->inners, root);
     }
 }
 
@@ -499,13 +524,14 @@ struct pv_mappings *pv_mappings_create(uint64_t max_bytes)
 {
     struct pv_mappings *m = calloc(1, sizeof(*m));
     if (m)
-        m->pool.max_bytes = max_bytes;
+        m->max_bytes = max_bytes;
     return m;
 }
 
 void pv_mappings_clear(struct pv_mappings *m)
 {
-    node_pool_drop(&m->pool, true);
+    node_pool_drop(&m->leaves, true);
+    node_pool_drop(&m->inners, false);
     m->root = NULL;
     m->height = 0;
     m->count = 0;
@@ -516,7 +542,8 @@ void pv_mappings_destroy(struct pv_mappings *m)
 {
     if (!m)
         return;
-    node_pool_drop(&m->pool, false);
+    node_pool_drop(&m->leaves, false);
+    node_pool_drop(&m->inners, false);
     free(m);
 }
 
@@ -527,7 +554,7 @@ uint64_t pv_mappings_count(const struct pv_mappings *m)
 
 uint64_t pv_mappings_bytes(const struct pv_mappings *m)
 {
-    return m->pool.bytes;
+    return m->leaves.bytes + m->inners.bytes;
 }
 
 /* The entries of one leaf: 0, or what is wrong. `low` and `high` (inclusive) are what the separators promise. */

@@ -33,8 +33,8 @@ uint64_t pv_mappings_count(const struct pv_mappings *mappings);
 uint64_t pv_mappings_bytes(const struct pv_mappings *mappings);
 void pv_mappings_clear(struct pv_mappings *mappings);
 
-/* Asks the processor for what a call about this iova will touch in a large index, and waits for none of it. Step 1, the
- * leaf, needs what step 0 has asked for: the node above it. */
+/* Asks the processor for what a call about this iova will touch in a large index, and waits for none of it. Each step
+ * needs what the one before has asked for: 0 the node above the leaf, 1 the leaf's address and first line, 2 all of it. */
 void pv_mappings_prefetch(const struct pv_mappings *mappings, uint64_t iova, uint32_t step);
 /* 0; -EINVAL (size 0, cookie or flags too wide), -EOVERFLOW (wraps), -EEXIST (overlaps an entry), -ENOMEM. */
 int pv_mappings_insert(struct pv_mappings *mappings, uint64_t iova, uint64_t size, uint64_t vaddr, uint32_t flags,

@@ -46,6 +46,11 @@ class Bounce:
         self.whole = slot.size
         self._slot = slot
 
+    @property
+    def pages(self) -> range:
+        """The numbers of the pages of its DMA addresses."""
+        return range(self.address >> 12, self.address + self.whole >> 12)
+
     def to_device(self, offset: int = 0, size: int | None = None) -> None:
         """Copies the caller's bytes [offset, offset + size) into the bounce buffer, as far as it has them."""
         end = self.size if size is None else min(offset + size, self.size)
@@ -65,15 +70,17 @@ class Bounce:
 
 
 class BouncePool:
-    """Guest memory for bounce buffers, contiguous, ``size`` bytes (a power of two). Raises ``MemoryError``."""
+    """Guest memory for bounce buffers, contiguous, ``size`` bytes (a power of two), for tasks of ``vps`` virtual
+    processors. Raises ``MemoryError``.
+    """
 
-    def __init__(self, memory: GuestMemory, size: int = POOL_SIZE) -> None:
+    def __init__(self, memory: GuestMemory, size: int = POOL_SIZE, *, vps: int = 1) -> None:
         # An alignment above a page: in one piece, or not at all.
         self._buffer: Any = memory.alloc(size, align=2 * _PAGE)
         ((self.gpa, _),) = memory.runs(self._buffer.vaddr, size)
         self.size = size
         # Not from 0, which is never handed out.
-        self._pages = IovaDomain(size, 2 * size - 1)
+        self._pages = IovaDomain(size, 2 * size - 1, vps=vps)
 
     @property
     def last(self) -> int:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pvfio.errors import HypercallError, IommuError, PageTableError, VfioError
+from pvfio.errors import HypercallError, VfioError
+from pvfio.guest.refusals import as_vfio_errors
 from pvfio.guest.type1_iova import IovaRange, gaps, usable_ranges
 
 if TYPE_CHECKING:
@@ -41,16 +41,6 @@ class _Placed:
     groups: dict[IommuGroup, bool] = field(default_factory=dict)
 
 
-@contextmanager
-def _as_vfio_errors(operation: str) -> Iterator[None]:
-    try:
-        yield
-    except (HypercallError, IommuError, PageTableError) as error:
-        raise VfioError(error.errno or errno.EIO, operation, error.reason) from error
-    except MemoryError as error:
-        raise VfioError(errno.ENOMEM, operation, str(error)) from error
-
-
 class Type1Domains:
     """``domains`` and ``groups`` in the order they came, and what follows from them.
 
@@ -73,7 +63,7 @@ class Type1Domains:
         """See ``Type1.attach_group``; a group that was not claimed is again unclaimed where this raises."""
         if group in self.groups:
             raise VfioError(errno.EINVAL, "attach_group", f"group {group.id} is attached already")
-        with _as_vfio_errors("attach_group"):
+        with as_vfio_errors("attach_group"):
             claim = group.owner is None
             if claim:
                 group.claim_dma_owner()
@@ -90,7 +80,7 @@ class Type1Domains:
         placed = next((placed for placed in self._placed if group in placed.groups), None)
         if placed is None:
             raise VfioError(errno.EINVAL, "detach_group", f"group {group.id} is not attached")
-        with _as_vfio_errors("detach_group"):
+        with as_vfio_errors("detach_group"):
             group.detach()
             if len(placed.groups) == 1:
                 if len(self._placed) == 1:

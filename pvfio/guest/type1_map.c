@@ -13,7 +13,7 @@
 #define CHUNK 64u
 #define FIRST_ROOM 64u
 #define MANY 8192u /* mappings; where there are fewer, caches hold what a call touches */
-#define VERY_MANY 131072u /* ... beyond a core's own caches */
+#define VERY_MANY 32768u /* ... beyond what is left of a core's own caches */
 #define AHEAD 4u /* elements of a batch between two steps of asking for memory, and the work */
 
 _Static_assert(VFIO_DMA_MAP_FLAG_READ == PT_READ && VFIO_DMA_MAP_FLAG_WRITE == PT_WRITE, "one set of permissions");
@@ -73,8 +73,7 @@ static inline void prefetch_ahead(const struct pv_type1 *t, uint64_t i, uint64_t
         if (at >= n)
             continue;
         prefetch_tables(t, iova[at], step);
-        if (step)
-            pv_mappings_prefetch(t->mappings, iova[at], step - 1);
+        pv_mappings_prefetch(t->mappings, iova[at], step);
     }
 }
 
@@ -381,7 +380,7 @@ void pv_type1_unmap_finish_batch(struct pv_type1 *t, uint64_t n, const uint64_t 
     for (uint64_t i = 0; i < n; i++) {
         for (uint32_t step = 0; step < 2; step++)
             if (i + (2 - step) * AHEAD < n)
-                pv_mappings_prefetch(t->mappings, iova[i + (2 - step) * AHEAD], step);
+                pv_mappings_prefetch(t->mappings, iova[i + (2 - step) * AHEAD], 2 * step);
         uint64_t last = iova[i] + (size[i] - 1);
         if (pv_mappings_find(t->mappings, iova[i], &found) && found.flags & DEAD && found.iova == iova[i] &&
             found.size == size[i])

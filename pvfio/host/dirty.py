@@ -6,8 +6,9 @@ for logging: with 2 MiB leaves one written byte would say 512 pages. IOTLB misse
 is off, nothing has changed.
 
 Not modelled: the vCPUs' half (EPT or NPT dirty bits, page-modification logging), since the guest's software is the
-program itself; splitting lazily; a limit on how many pages may be dirty. A device's write counts when it was allowed: a
-page whose write was given up for another address's fault in the same step (a dualcast's second copy) may be reported.
+program itself, and what the hypervisor writes in its answers to hypercalls; splitting lazily; a limit on how many
+pages may be dirty. A device's write counts when it was allowed: a page whose write was given up for another
+address's fault in the same step (a dualcast's second copy) may be reported.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ uint64_t pv_memory_gpa_to_hpa(const struct pv_memory *m, uint64_t gpa)
     return PV_HPA_RAM_BASE + frame_offset(m, frame) + gpa % PV_PAGE_SIZE;
 }
 
+/* Both views in one reservation, at multiples of a block, so that a block can be a huge page in both. */
 static int map_views(struct pv_memory *m, uint64_t host_size)
 {
     uint64_t high = m->size - m->low_size;
     uint64_t span = high ? PV_GPA_HOLE_END + high : m->low_size;
-    m->reservation_size = span + PV_BLOCK_SIZE;
+    m->reservation_size = span + m->size + PV_BLOCK_SIZE;
     m->reservation = mmap(NULL, m->reservation_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m->reservation == MAP_FAILED) {
         m->reservation = NULL;
@@ -39,7 +40,7 @@ static int map_views(struct pv_memory *m, uint64_t host_size)
     m->guest.window[0] = (struct pv_window){0, m->low_size, view};
     m->guest.window[1] = (struct pv_window){PV_GPA_HOLE_END, high, view + PV_GPA_HOLE_END};
 
-    uint8_t *ram = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
+    uint8_t *ram = mmap(view + span, m->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, m->fd, 0);
     if (ram == MAP_FAILED)
         return -errno;
     m->host.window[0] = (struct pv_window){PV_HPA_RAM_BASE, m->size, ram};
@@ -76,9 +77,10 @@ static int memory_init(struct pv_memory *m, uint64_t host_size, uint64_t seed)
     m->prev = calloc(m->frames, sizeof(*m->prev));
     m->order = malloc(m->frames);
     m->used_before = calloc(m->frames, 1);
+    m->huge = calloc(blocks, 1);
     m->owner = calloc(m->frames, sizeof(*m->owner));
     m->host_free = calloc(m->host_frames, sizeof(*m->host_free));
-    if (!m->block_hpa || !m->next || !m->prev || !m->order || !m->used_before || !m->owner || !m->host_free)
+    if (!m->block_hpa || !m->next || !m->prev || !m->order || !m->used_before || !m->huge || !m->owner || !m->host_free)
         return -ENOMEM;
     memset(m->order, NOT_FREE, m->frames);
     for (unsigned i = 0; i <= MAX_ORDER; i++)
@@ -134,9 +136,8 @@ void pv_memory_destroy(struct pv_memory *m)
             pv_extent_unmap(&m->extents[i]);
     if (m->reservation)
         munmap(m->reservation, m->reservation_size);
-    for (int i = 0; i < 2; i++)
-        if (m->host.window[i].ptr)
-            munmap(m->host.window[i].ptr, m->host.window[i].size);
+    if (m->host.window[1].ptr)
+        munmap(m->host.window[1].ptr, m->host.window[1].size);
     if (m->fd >= 0)
         close(m->fd);
     free(m->block_hpa);
@@ -144,6 +145,7 @@ void pv_memory_destroy(struct pv_memory *m)
     free(m->prev);
     free(m->order);
     free(m->used_before);
+    free(m->huge);
     free(m->owner);
     free(m->extents);
     free(m->apart);
@@ -186,12 +188,33 @@ void pv_memory_stats(struct pv_memory *m, struct pv_memory_stats *out)
 
 /* Single pages for tables */
 
+#define SMALL_TABLES 1024
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+
+/*
+ * Where tables are many, a walk misses the processor's TLB at every level: a block with tables in it becomes a huge page,
+ * if the system has one. Machines with few tables are not made to hold whole blocks.
+ */
+static void make_huge(struct pv_memory *m, uint32_t frame)
+{
+    uint32_t block = frame / (PV_BLOCK_SIZE / PV_PAGE_SIZE);
+    if (m->table_pages < SMALL_TABLES || m->huge[block])
+        return;
+    m->huge[block] = 1;
+    uint8_t *start = m->guest.window[0].ptr + frame_gpa(m, block * (PV_BLOCK_SIZE / PV_PAGE_SIZE));
+    *(volatile uint8_t *)start; /* a block nobody ever touched is refused */
+    madvise(start, PV_BLOCK_SIZE, MADV_COLLAPSE);
+}
+
 uint64_t pv_memory_guest_page(void *memory)
 {
     struct pv_memory *m = memory;
     pthread_mutex_lock(&m->lock);
     uint32_t frame = pv_frames_take_block(m, 0);
     if (frame != NO_FRAME) {
+        make_huge(m, frame);
         pv_frames_zero(m, frame, 1);
         m->table_pages++;
     }

@@ -31,7 +31,7 @@ struct pv_memory {
     uint64_t size;
     uint64_t low_size;    /* bytes below the hole */
     struct pv_space guest, host;
-    void *reservation;    /* of the guest view */
+    void *reservation;    /* of both views of RAM */
     uint64_t reservation_size;
     uint32_t *block_hpa;  /* 2 MiB block number by GPA order -> by HPA order */
 
@@ -40,6 +40,7 @@ struct pv_memory {
     uint32_t *next, *prev; /* free lists, by the first frame of a free block */
     uint8_t *order;        /* order of the free block that begins here, or NOT_FREE */
     uint8_t *used_before;
+    uint8_t *huge; /* by block in GPA order: it was asked for as a huge page */
     uint32_t *owner;       /* extent slot + 1 of a contiguous extent's frame */
     uint32_t head[MAX_ORDER + 1];
 

@@ -105,14 +105,6 @@ static inline uint64_t pt_level_sizes(int format, unsigned level)
     return ((1ull << (item + 9 > 52 ? 52 : item + 9)) - (1ull << item)) & ~(1ull << 39);
 }
 
-static inline uint64_t pt_format_sizes(int format)
-{
-    uint64_t sizes = 0;
-    for (unsigned level = 1; level <= 5; level++)
-        sizes |= pt_level_sizes(format, level);
-    return sizes;
-}
-
 /* The level of the table that holds leaves of this size. */
 static inline unsigned pt_level_of(unsigned size_lg2)
 {

@@ -2,8 +2,9 @@
  * Domains, and invalidation (see iommu.h).
  *
  * Order of an invalidation, for every requester on the domain: announce it (sequence), drop the entries, those of the
- * IOTLB before the device's own (which could be filled from it again), wait for the open section. A section that walked the old table either sees the announcement when it inserts, or its entry is
- * there to be dropped; a section that begins later finds neither.
+ * IOTLB before the device's own (which could be filled from it again), wait for the open section. A section that walked
+ * the old table either sees the announcement when it inserts, or its entry is there to be dropped; a section that begins
+ * later finds neither.
  */
 #include <errno.h>
 #include <stdlib.h>

@@ -62,6 +62,10 @@ class BatchOperations(ABC):
     def _map_address_nowait(self, iova: int, vaddr: int, size: int, flags: int) -> None:
         """One mapping of process memory by its address; ``flags``: VFIO_DMA_MAP_FLAG_READ, _WRITE."""
 
+    def _mapped(self, buffer: DmaBuffer, iova: int, size: int) -> None:
+        """A buffer of a batch was mapped."""
+        buffer.iova = iova
+
     @abstractmethod
     def try_unmap_dma_nowait(self, iova: int, size: int) -> int:
         """See ``Container.try_unmap_dma_nowait``."""
@@ -101,8 +105,9 @@ class BatchOperations(ABC):
             self._batch_file.map_batch(at, addresses, lengths, flags)
         else:
             self._map_loop(at.tolist(), addresses.tolist(), lengths.tolist(), flags)
-        for buffer, iova in zip(buffers or (), at.tolist(), strict=False):
-            buffer.iova = iova
+        if buffers is not None:
+            for buffer, iova, size in zip(buffers, at.tolist(), lengths.tolist(), strict=True):
+                self._mapped(buffer, iova, size)
 
     async def map_dma_batch(
         self,

@@ -226,6 +226,10 @@ class Ioas(Container):
         self._ioctl(lib.IOMMU_IOAS_MAP, command)
         return int(command.iova)
 
+    def _mapped(self, buffer: DmaBuffer, iova: int, size: int) -> None:
+        super()._mapped(buffer, iova, size)
+        self._kept[iova] = size, buffer
+
     def _memory_of(self, iova: int, length: int) -> Any:
         """What keeps the memory of a mapped range alive."""
         found = self._kept.get(iova)

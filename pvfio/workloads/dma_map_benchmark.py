@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,29 +163,27 @@ async def measure(
 ) -> MapResult:
     """Runs a task for each of ``mappers`` for ``seconds``, at least one mapping each.
 
-    Task i runs inside ``on_vp(i)``. ``progress`` gets the seconds gone, now and then and in the end. A map or unmap that raises
-    ends the run with that. Cancelled, or ended: mappings may stay behind.
+    Task i runs inside ``on_vp(i)``. ``progress`` gets the seconds gone, now and then and in the end. A map or unmap
+    that raises ends the run with that. Cancelled, or ended: mappings may stay behind.
     """
-    end = time.perf_counter_ns() + int(seconds * 1e9)
     results = [MapResult() for _ in mappers]
     alone = len(mappers) == 1
 
-    async def one(number: int) -> None:
+    async def one(number: int, end: int) -> None:
         with on_vp(number) if on_vp is not None else nullcontext():
             run = _run_alone if alone else _run_among
             await run(mappers[number], xdelay, end, results[number])
 
-    jobs = [(one, (number,)) for number in range(len(mappers))]
-    return await _together(jobs, results, progress)
+    return await _together(one, results, seconds, progress)
 
 
 async def _together(
-    jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
+    job: Callable[[int, int], Awaitable[None]],
     results: Sequence[MapResult],
+    seconds: float,
     progress: Callable[[float], None] | None,
 ) -> MapResult:
-    """Runs the jobs to their end, reports progress meanwhile, and merges what they recorded."""
-    began = time.perf_counter()
+    """Runs ``job(number, when to end)`` for every result, reports progress meanwhile, and merges what they recorded."""
 
     async def tick() -> None:
         while progress is not None:
@@ -193,11 +191,13 @@ async def _together(
             progress(time.perf_counter() - began)
 
     with _no_collector():
+        began = time.perf_counter()
+        end = time.perf_counter_ns() + int(seconds * 1e9)
         async with trio.open_nursery() as beside:
             beside.start_soon(tick)
             async with trio.open_nursery() as workers:
-                for job, arguments in jobs:
-                    workers.start_soon(job, *arguments)
+                for number in range(len(results)):
+                    workers.start_soon(job, number, end)
             beside.cancel_scope.cancel()
     whole = MapResult(seconds=time.perf_counter() - began)
     if progress is not None:
@@ -318,14 +318,13 @@ async def measure_loops(
     Raises ``PageTableError`` for what the page table refuses. Cancelled: every thread ends within 50 ms, and has
     unmapped what it mapped.
     """
-    end = time.perf_counter_ns() + int(seconds * 1e9)
     results = [MapResult() for _ in loops]
     limiter = trio.CapacityLimiter(max(1, len(loops)))
 
-    async def one(number: int) -> None:
+    async def one(number: int, end: int) -> None:
         await trio.to_thread.run_sync(_run_loop, loops[number], end, results[number], limiter=limiter)
 
-    return await _together([(one, (number,)) for number in range(len(loops))], results, progress)
+    return await _together(one, results, seconds, progress)
 
 
 def _run_loop(loop: Any, end: int, result: MapResult) -> None:

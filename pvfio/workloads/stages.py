@@ -135,6 +135,8 @@ class Stages:
         So an interruption does not count, and what happens in one operation of many counts with its part of each. All
         together is the median of the operations without timers, and those parts.
         """
+        if not self.count(name):
+            return {}
         inclusive: dict[str, float] = {}
         inside: dict[str, float] = {}
         rest = _median(self._plain.found.get(name, {}).get(self._rest, []))[0]
@@ -148,7 +150,7 @@ class Stages:
                 elif share >= _RARE:
                     rest -= median * share
         own = {stage: max(0.0, ns - inside.get(stage, 0.0)) for stage, ns in inclusive.items()}
-        return {stage: ns for stage, ns in {self._rest: max(0.0, rest), **own}.items() if ns}
+        return {self._rest: max(0.0, rest)} | {stage: ns for stage, ns in own.items() if ns}
 
     @contextmanager
     def _installed(self, probe: Probe | None) -> Iterator[None]:

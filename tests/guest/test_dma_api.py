@@ -446,6 +446,9 @@ async def test_a_group_that_goes_takes_its_mappings_along(driver: MakeDriver, ki
         dma.map_single(buffer, TO_DEVICE)
     with refused(errno.ENODEV):
         dma.map_sg([buffer], TO_DEVICE)
+    for operation in (dma.unmap_single, dma.sync_single_for_cpu):
+        with refused(errno.EINVAL):
+            operation(0x1000, PAGE, TO_DEVICE)
 
 
 async def test_the_kind_of_a_groups_default_domain(emulated: Any) -> None:

@@ -228,6 +228,15 @@ def test_what_it_remembers_is_bounded() -> None:
     assert debug.reports[-1].rule is Rule.UNMAP_UNKNOWN
 
 
+def test_a_refused_unmap_needs_no_memory_of_it() -> None:
+    debug = DmaDebug(remember=0)
+    debug.mapped(DEVICE, "single", 4096, 4096, TO_DEVICE)
+    debug.unmapping(DEVICE, "single", 4096, 4096, TO_DEVICE)
+    debug.unmap_refused()
+    assert len(debug) == 1
+    assert not debug.reports
+
+
 def test_a_sync_finds_its_mapping_among_many() -> None:
     debug = DmaDebug()
     for at in range(0, 200, 2):

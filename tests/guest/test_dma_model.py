@@ -160,6 +160,7 @@ def test_every_use(kind: DomainKind, untrusted: bool, bits: int, steps: list[Any
         elif step[0] == "flush":
             model.flush()
         else:
-            model.map(*step)
+            with on_vp(step[3] >> 1 & 1):
+                model.map(*step)
         model.check()
     model.close()

@@ -162,6 +162,19 @@ async def test_the_first_range_starts_the_timer_and_others_do_not_put_it_off(
     assert not side.reaches(second)
 
 
+async def test_there_is_one_timer(lazy: MakeLazy, autojump_clock: Any) -> None:
+    side = await lazy()
+    nursery = side.machine.kernel._nursery
+    assert len(nursery.child_tasks) == 0
+    for _ in range(3 * QUEUE_SIZE + 1):
+        side.dma.unmap_single(side.map(), PAGE, FROM_DEVICE)
+    assert (len(side.queue), side.queue.flushes) == (1, 3)
+    assert len(nursery.child_tasks) == 1
+    await trio.sleep(2 * FLUSH_SECONDS)
+    assert (len(side.queue), side.queue.flushes) == (0, 4)
+    assert len(nursery.child_tasks) == 0
+
+
 async def test_a_timer_whose_flush_is_refused_tries_again(lazy: MakeLazy, autojump_clock: Any) -> None:
     side = await lazy()
     side.machine.hypervisor.inject(FULL_FLUSH, lib.HV_STATUS_INSUFFICIENT_MEMORY, 2)

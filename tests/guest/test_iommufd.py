@@ -390,6 +390,21 @@ async def test_where_the_kernel_places_mappings(bench: Bench) -> None:
         bench.ioctl(lib.IOMMU_IOAS_MAP, command)
 
 
+async def test_a_book_keeps_the_buffers_of_a_batch(bench: Bench) -> None:
+    """Nothing pins them yet: whoever got their memory next would be in the page table that comes."""
+    ioas = bench.free()
+    buffers = [bench.machine.memory.alloc(PAGE) for _ in range(4)]
+    mapped = [buffer.vaddr for buffer in buffers]
+    ioas.map_dma_batch_nowait([IOVA + at * PAGE for at in range(4)], buffers)
+    del buffers
+    others = [bench.machine.memory.alloc(PAGE) for _ in range(4)]
+    assert not {buffer.vaddr for buffer in others} & set(mapped)
+    del others
+    ioas.unmap_dma_batch_nowait([IOVA + at * PAGE for at in range(4)], PAGE)
+    others = [bench.machine.memory.alloc(PAGE) for _ in range(4)]
+    assert {buffer.vaddr for buffer in others} & set(mapped)
+
+
 async def test_a_copy_shares_pages_and_account(bench: Bench) -> None:
     account = bench.machine.kernel.vfio._user_account
     pins, locked = bench.machine.memory.stats().pins, account.locked

@@ -10,6 +10,7 @@ import errno
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Bench:
             assert seen == place
         return place
 
-    @property
+    @cached_property
     def places(self) -> dict[int, int]:
         memory = self.machine.memory
         found = {}
@@ -217,6 +218,32 @@ async def test_only_what_was_invalidated_must_be_seen(bench: Bench) -> None:
     assert (bench.goes(NEAR), bench.goes(NEAR + LARGE)) == (None, 1)
     bench.nested.invalidate(NEAR + LARGE, 1)
     assert bench.goes(NEAR + LARGE) is None
+
+
+async def test_a_page_that_changes_under_an_invalidation_of_its_beginning(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old or new, but never nothing: the rest of the page was not asked about, and is not lost."""
+    data = bench.machine.memory.alloc(2 * LARGE, align=LARGE)
+    data[::LARGE] = (1, 2)
+    data[LARGE - 1 :: LARGE] = (1, 2)
+    bench.ioas.map(data, 0xC000_0000)
+    bench.table.set(NEAR - PAGE, DATA)
+    bench.table.set(NEAR, 0xC000_0000, level=2)
+    bench.nested.invalidate()
+    assert bench.bus.read(NEAR + LARGE - 1, 1) == b"\1"
+    bench.table.clear(NEAR - PAGE)
+    whole = guest_hwpt.NestedHwpt._pass
+
+    def between(self: Any, which: Any, *rest: Any) -> Any:
+        if which is lib.pv_shadow_remove:
+            bench.table.set(NEAR, 0xC000_0000 + LARGE, level=2)
+        return whole(self, which, *rest)
+
+    monkeypatch.setattr(guest_hwpt.NestedHwpt, "_pass", between)
+    bench.nested.invalidate(NEAR - PAGE, 2)
+    assert bench.goes(NEAR - PAGE) is None
+    assert bench.bus.read(NEAR, 1) == bench.bus.read(NEAR + LARGE - 1, 1) == b"\2"
 
 
 async def test_the_parent_loses_a_mapping(bench: Bench) -> None:
@@ -410,6 +437,6 @@ def random_walk(bench: Bench, rng: random.Random, steps: int) -> None:
         model.check()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_random_tables_against_a_model(bench: Bench, seed: int) -> None:
     random_walk(bench, random.Random(seed), 40)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pvfio.guest.mapping_index import Mapping, MappingIndex
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -104,7 +105,7 @@ class IndexAgainstList(RuleBasedStateMachine):
 
 
 TestIndexAgainstList = IndexAgainstList.TestCase
-TestIndexAgainstList.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestIndexAgainstList.settings = settings(max_examples=tries(60), stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.parametrize(

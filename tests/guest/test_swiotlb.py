@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
@@ -11,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pvfio.abi import lib
+from pvfio.errors import VfioError
 from pvfio.guest.dma_api import DMA_ATTR_SKIP_CPU_SYNC, Direction, DmaDevice, DmaMappingError
 from pvfio.guest.swiotlb import MAX_BOUNCE, BouncePool
+from pvfio.guest.transport import on_vp
 from pvfio.memory import GuestMemory
 from pvfio.silicon import BusMaster, DmaAborted
 
@@ -160,6 +164,34 @@ async def test_the_next_user_of_a_slot_sees_nothing_of_the_last(untrusted: MakeS
     assert side.bus.read(address, PAGE) == bytes([OURS] * 3) + bytes(PAGE - 3)
 
 
+@pytest.mark.parametrize("kind", ["identity", "strict"])
+async def test_no_memory_for_a_pool(untrusted: MakeSide, kind: str) -> None:
+    side = await untrusted(kind, untrusted=kind == "strict")
+    memory = side.machine.memory
+    buffer = memory.alloc(3 * PAGE, scattered=True)[64 : 2 * PAGE]
+    kept = []
+    with contextlib.suppress(MemoryError):
+        while True:
+            kept.append(memory.alloc(1 << 20))
+    with pytest.raises(DmaMappingError) as raised:
+        side.dma.map_single(buffer, TO_DEVICE)
+    assert raised.value.errno == errno.ENOMEM
+    kept.clear()
+    side.dma.unmap_single(side.dma.map_single(buffer, TO_DEVICE), buffer.nbytes, TO_DEVICE)
+    assert side.used == 0
+
+
+async def test_every_vp_bounces(untrusted: MakeSide) -> None:
+    side = await untrusted()
+    _, buffer = side.memory(64, 1000)
+    for vp in range(side.machine.kernel.transport.vps):
+        with on_vp(vp):
+            address = side.dma.map_single(buffer, TO_DEVICE)
+            assert side.bus.read(address, 1000) == bytes([OURS]) * 1000
+            side.dma.unmap_single(address, 1000, TO_DEVICE)
+    assert side.used == 0
+
+
 async def test_lists_and_pages(untrusted: MakeSide) -> None:
     side = await untrusted()
     _, first = side.memory(3, 500)
@@ -211,21 +243,27 @@ async def test_an_exhausted_pool(untrusted: MakeSide) -> None:
     assert side.dma.map_single(part, TO_DEVICE)
 
 
-@pytest.mark.parametrize(("shift", "size"), [(0, 2 * PAGE), (PAGE, 300), (0, PAGE + 301), (1, 300)])
-async def test_a_wrong_unmap_changes_nothing(untrusted: MakeSide, shift: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("what", "shift", "size"),
+    [
+        ("more pages", 0, 3 * PAGE),
+        ("fewer pages", 0, 300),
+        ("its second page", PAGE, 300),
+        ("inside its first page", 1, PAGE + 300),
+    ],
+)
+async def test_a_wrong_unmap_changes_nothing(untrusted: MakeSide, what: str, shift: int, size: int) -> None:
     side = await untrusted()
     _, part = side.memory(0, PAGE + 300)
-    short, _ = side.memory(0, 300)
     address = side.dma.map_single(part, BIDIRECTIONAL)
-    if (shift, size) == (0, PAGE + 301):
-        part = short
-        address = side.dma.map_single(short[:300], BIDIRECTIONAL)
-    elif (shift, size) == (0, 2 * PAGE):
-        size = 3 * PAGE
+    side.bus.write(address, b"\x77")
     with pytest.raises(DmaMappingError) as raised:
         side.dma.unmap_single(address + shift, size, BIDIRECTIONAL)
     assert raised.value.errno == errno.EINVAL
-    side.bus.read(address, 300)
+    assert (part == OURS).all()
+    assert side.bus.read(address, 2) == bytes([0x77, OURS])
+    side.dma.unmap_single(address, PAGE + 300, BIDIRECTIONAL)
+    assert part[0] == 0x77
 
 
 @pytest.mark.parametrize("kind", ["identity", "strict", "lazy"])
@@ -241,6 +279,55 @@ async def test_an_untrusted_device_makes_its_group_strict(emulated: Any, kind: s
         machine.kernel.bind(device, None)
     DmaDevice(machine.kernel, device, untrusted=True)
     assert device.iommu_group.default_domain_kind == "strict"
+
+
+async def test_an_untrusted_device_stays_strict(untrusted: MakeSide) -> None:
+    """Lazy would leave it a window into bounce buffers that are somebody else's by then."""
+    side = await untrusted()
+    group = side.machine.kernel.devices[0].iommu_group
+    for kind in ("lazy", "identity"):
+        with pytest.raises(VfioError) as raised:
+            group.set_default_domain(kind)
+        assert raised.value.errno == errno.EINVAL
+    group.set_default_domain("strict")
+    assert group.default_domain_kind == "strict"
+    _, buffer = side.memory(64, 1000)
+    address = side.dma.map_single(buffer, FROM_DEVICE)
+    side.bus.write(address, b"in time")
+    side.dma.unmap_single(address, 1000, FROM_DEVICE)
+    with pytest.raises(DmaAborted):
+        side.bus.write(address, b"too late")
+
+
+async def test_a_slot_waits_for_the_flush_that_covers_it(untrusted: MakeSide) -> None:
+    side = await untrusted()
+    _, first = side.memory(64, 1000)
+    _, second = side.memory(64, 1000)
+    address = side.dma.map_single(first, FROM_DEVICE)
+    side.bus.write(address, b"cached")
+    for call in (lib.HVCALL_FLUSH_DEVICE_DOMAIN_LIST, lib.HVCALL_FLUSH_DEVICE_DOMAIN):
+        side.machine.hypervisor.inject(call, lib.HV_STATUS_INSUFFICIENT_MEMORY, 1)
+    side.dma.unmap_single(address, 1000, FROM_DEVICE)
+    assert first[:6].tobytes() == b"cached"
+    # No flush was made: the device still reaches the slot, which is nobody else's meanwhile.
+    other = side.dma.map_single(second, TO_DEVICE)
+    side.bus.write(address, b"stale!")
+    assert side.bus.read(other, 6) == bytes([OURS]) * 6
+    assert side.used == 2
+    side.dma.unmap_single(other, 1000, TO_DEVICE)
+    assert side.used == 0
+
+
+async def test_a_default_domain_that_goes_gives_its_slots_back(untrusted: MakeSide) -> None:
+    side = await untrusted("identity", untrusted=False)
+    memory = side.machine.memory
+    address = side.dma.map_single(memory.alloc(2 * PAGE, scattered=True), BIDIRECTIONAL)
+    assert side.used == 1
+    side.machine.kernel.devices[0].iommu_group.set_default_domain("strict")
+    assert side.used == 0
+    with pytest.raises(DmaMappingError) as raised:
+        side.dma.unmap_single(address, 2 * PAGE, BIDIRECTIONAL)
+    assert raised.value.errno == errno.EINVAL
 
 
 async def test_identity_bounces_what_is_in_pieces(untrusted: MakeSide) -> None:

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from pvfio.abi import lib
 from pvfio.errors import VfioBatchError, VfioError
 from pvfio.guest.type1 import Type1
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -208,5 +209,5 @@ def test_type1_against_a_dictionary(make_type1_machine: Callable[..., Any]) -> N
         make = staticmethod(make_type1_machine)
 
     run_state_machine_as_test(
-        Bound, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)
+        Bound, settings=settings(max_examples=tries(40), stateful_step_count=30, deadline=None)
     )

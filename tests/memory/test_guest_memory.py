@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pvfio.errors import VfioError
 from pvfio.memory import BLOCK_SIZE, PAGE_SIZE, DmaBuffer, GuestMemory
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -196,6 +197,23 @@ def test_table_pages_are_zeroed_counted_and_end(memory: GuestMemory) -> None:
         memory.guest_page()
 
 
+def test_many_table_pages_keep_their_bytes_in_both_views_when_their_blocks_become_huge(
+    memory: GuestMemory,
+) -> None:
+    pages = [memory.guest_page() for _ in range(2500)]
+    for number, gpa in enumerate(pages):
+        memory.view_guest(gpa, 8)[:] = number.to_bytes(8, "little")
+    for number, gpa in enumerate(pages):
+        assert bytes(memory.view_host(memory.gpa_to_hpa(gpa), 8)) == number.to_bytes(8, "little")
+    for gpa in pages:
+        memory.free_guest_page(gpa)
+    again = [memory.guest_page() for _ in range(2500)]
+    assert not any(any(memory.view_guest(gpa, 4096)) for gpa in again)
+    for gpa in again:
+        memory.free_guest_page(gpa)
+    assert memory.stats().table_pages == 0
+
+
 def test_host_pages_are_apart_from_guest_ram() -> None:
     memory = GuestMemory(4 * MIB, host_private=2 * PAGE_SIZE)
     first, second = memory.host_page(), memory.host_page()
@@ -272,10 +290,10 @@ class Frames(RuleBasedStateMachine):
 
 
 TestFrames = Frames.TestCase
-TestFrames.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestFrames.settings = settings(max_examples=tries(40), stateful_step_count=30, deadline=None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(data=st.data(), pages=st.integers(1, 40), scattered=st.booleans())
 def test_runs_of_any_piece(data: Any, pages: int, scattered: bool) -> None:
     memory = GuestMemory(2 * MIB)

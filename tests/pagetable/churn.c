@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "c_program.h"
 #include "memory/memory.h"
 #include "pagetable/format.h"
 #include "pagetable/pagetable.h"
@@ -25,9 +26,6 @@
 #define RECENT 1024 /* maps that an unmap may be aimed at */
 #define M2 (1ull << 21)
 #define G1 (1ull << 30)
-
-#define CHECK(condition) \
-    ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), exit(1)))
 
 struct arena {
     struct pv_space space;
@@ -49,15 +47,6 @@ struct range {
 struct audit {
     uint64_t tables, bytes;
 };
-
-static uint64_t next_random(uint64_t *state)
-{
-    uint64_t x = *state;
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^= x << 17;
-    return *state = x;
-}
 
 static uint8_t *page_at(const struct arena *a, uint32_t page)
 {

@@ -15,6 +15,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "c_program.h"
 #include "memory/memory.h"
 #include "pagetable/pagetable.h"
 #include "silicon/bus.h"
@@ -28,9 +29,6 @@
 #define WINDOW 0x2000000000ull
 #define ENGINES 3 /* the first sees GPAs, the others IOVAs */
 #define PATIENCE_NS 60000000000
-
-#define CHECK(condition) \
-    ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), exit(1)))
 
 struct engine {
     struct pv_bus *bus;
@@ -47,22 +45,6 @@ static struct engine engines[ENGINES];
 static pthread_t flusher;
 static uint8_t *mirror;
 static _Atomic int stop;
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t next_random(uint64_t *state)
-{
-    uint64_t x = *state;
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^= x << 17;
-    return *state = x;
-}
 
 /* What a migration does by design: reads pages that devices write. */
 __attribute__((no_sanitize("thread"), noinline)) static void copy_page(uint8_t *to, const uint8_t *from)

@@ -16,6 +16,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "c_program.h"
 #include "memory/memory.h"
 #include "pagetable/pagetable.h"
 #include "silicon/bus.h"
@@ -37,9 +38,6 @@
 #define HOT_TURNS 200
 #define MARK 0x5a
 #define DMA_BYTE 0xa5
-
-#define CHECK(condition) \
-    ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), exit(1)))
 
 #include "race_log.h"
 
@@ -88,22 +86,6 @@ static struct race_log dirty = {.lock = PTHREAD_MUTEX_INITIALIZER};
 static struct side sides[SIDES];
 static _Atomic int engines_stop;
 static uint64_t end_ns, unmaps_wanted; /* of a side */
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t next_random(uint64_t *state)
-{
-    uint64_t x = *state;
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^= x << 17;
-    return *state = x;
-}
 
 static struct buffer new_buffer(void)
 {

@@ -9,14 +9,12 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "c_program.h"
 #include "silicon/engine.h"
 
 #define SUBMITTERS 2
 #define ROUND_NS 50000000ull
 #define PATIENCE_NS 20000000000ull
-
-#define CHECK(condition) \
-    ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), exit(1)))
 
 struct device {
     struct pv_engine *engine;
@@ -24,13 +22,6 @@ struct device {
     _Atomic int leave, left; /* left: submitters that have gone */
     uint64_t steps; /* plain, as a device's own state is: only the pause orders a reader */
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
 
 static int step(void *device)
 {

@@ -3,7 +3,7 @@
  * judge, who looks at the bytes of memory that is nobody's any more. A page with a DMA's bytes must be in the record; one
  * that nothing could have written since it was judged must not.
  *
- * The includer has CHECK and DMA_BYTE. RAM is one range of GPAs from 0 on.
+ * The includer has DMA_BYTE. RAM is one range of GPAs from 0 on.
  */
 #ifndef RACE_LOG_H
 #define RACE_LOG_H
@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "c_program.h"
 #include "pagetable/pagetable.h"
 #include "silicon/iommu.h"
 

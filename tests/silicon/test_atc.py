@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pvfio.memory import BLOCK_SIZE, PAGE_SIZE
 from pvfio.pagetable import PageTable, Perm
 from pvfio.silicon import IDENTITY, AtcStats, DmaAborted, Domain, Requester, TableBus
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -243,7 +244,7 @@ def test_clearing_dirty_marks_reaches_the_device(mapped: Mapped) -> None:
     assert dirty()
 
 
-@settings(max_examples=60)
+@settings(max_examples=tries(60))
 @given(
     pages=st.lists(st.integers(0, 63), min_size=1, max_size=40, unique=True),
     large=st.booleans(),

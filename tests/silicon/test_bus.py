@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pvfio.pagetable import Perm
 from pvfio.silicon import READ, WRITE, BusMaster, DmaAborted, DmaCancelled, TableBus
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -56,7 +57,7 @@ def opened(request: pytest.FixtureRequest, make_rig: Callable[[str], Any]) -> Op
 offsets = st.integers(0, PAGES * PAGE - 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=tries(150), deadline=None)
 @given(dst=offsets, src=offsets, size=st.integers(0, PAGES * PAGE), seed=st.integers(0, 1 << 32))
 def test_move_is_memmove(opened: Opened, dst: int, src: int, size: int, seed: int) -> None:
     bus, memory = opened
@@ -68,7 +69,7 @@ def test_move_is_memmove(opened: Opened, dst: int, src: int, size: int, seed: in
     assert memory.tobytes() == bytes(expected)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=tries(80), deadline=None)
 @given(at=offsets, data=st.binary(min_size=0, max_size=3 * PAGE))
 def test_write_then_read(opened: Opened, at: int, data: bytes) -> None:
     bus, memory = opened
@@ -78,7 +79,7 @@ def test_write_then_read(opened: Opened, at: int, data: bytes) -> None:
     assert bus.read(BASE + at, len(data)) == data
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=tries(80), deadline=None)
 @given(at=offsets, size=st.integers(0, PAGES * PAGE), pattern=st.binary(min_size=8, max_size=8))
 def test_fill_repeats_the_pattern_over_page_boundaries(
     opened: Opened, at: int, size: int, pattern: bytes
@@ -92,7 +93,7 @@ def test_fill_repeats_the_pattern_over_page_boundaries(
     assert (memory[at + size :] == 0xEE).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=tries(80), deadline=None)
 @given(size=st.integers(1, PAGES * PAGE // 2), flip=st.integers(0, PAGES * PAGE // 2), differ=st.booleans())
 def test_compare_finds_the_first_difference(opened: Opened, size: int, flip: int, differ: bool) -> None:
     bus, memory = opened

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pvfio.memory import BLOCK_SIZE, PAGE_SIZE
 from pvfio.pagetable import Format, PageTable, Perm
 from pvfio.silicon import BLOCKED, IDENTITY, PAGING, READ, WRITE, DmaAborted, Iommu
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -97,7 +98,7 @@ def test_stale_dma_without_the_flush_and_none_with_it(rig: Any) -> None:
     assert buffer[:6].tobytes() == b"stale!"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(
     pages=st.lists(st.integers(0, 63), min_size=1, max_size=40, unique=True),
     large=st.booleans(),
@@ -247,7 +248,7 @@ def test_iova_wider_than_the_table(rig: Any, iova: int) -> None:
     assert rig.iommu.faults()[0].reason_name == "address too wide"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=tries(50), deadline=None)
 @given(
     words=st.lists(st.integers(0, (1 << 64) - 1), min_size=8, max_size=8), iova=st.integers(0, (1 << 57) - 1)
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pvfio.errors import VfioError
 from pvfio.vfio import IovaAllocator
+from tests.profiles import tries
 
 PAGE = 4096
 MIB2 = 2 << 20
@@ -34,7 +35,7 @@ STEP = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=tries(150), deadline=None)
 @given(st.lists(STEP, max_size=80))
 def test_ranges_never_overlap_and_come_back_whole(steps: list[tuple[str, int, int]]) -> None:
     allocator = IovaAllocator(RANGES)
@@ -68,7 +69,7 @@ def test_ranges_never_overlap_and_come_back_whole(steps: list[tuple[str, int, in
     assert allocator.alloc(0x3FC0_0000) % MIB2 == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=tries(50), deadline=None)
 @given(st.integers(1, 64), st.randoms(use_true_random=False))
 def test_every_page_of_a_range_can_be_handed_out(pages: int, random: object) -> None:
     allocator = IovaAllocator(((PAGE, PAGE + pages * PAGE - 1),))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvfio.workloads.crc32c import crc32c, crc32c_combine
+from tests.profiles import tries
 
 # RFC 3720 appendix B.4, and the check value of the CRC catalogue.
 VECTORS = [
@@ -31,7 +32,7 @@ SIZES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(SIZES, st.integers(0, 2**32 - 1), st.data())
 def test_agrees_with_a_library_whole_chained_and_combined(size: int, seed: int, data: st.DataObject) -> None:
     block = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pvfio.workloads import dif_reference
 from pvfio.workloads.dif_reference import crc16_t10, fields, join, split
+from tests.profiles import tries
 
 
 def bit_by_bit(data: bytes, crc: int = 0) -> int:
@@ -37,7 +38,7 @@ def test_published_vectors(data: bytes, value: int) -> None:
     assert crc16_t10(np.frombuffer(data, np.uint8)[None])[0] == value
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=tries(30), deadline=None)
 @given(
     st.sampled_from([2, 3, 511, 512, 513, 520]),
     st.integers(1, 4),

@@ -152,8 +152,8 @@ async def test_one_thread_maps_its_places_in_turn() -> None:
     assert not recorder.live
     assert result.loops == result.map.count == recorder.count
     assert result.seconds >= 0.15
-    assert log[:8] == ["a fill", "a map 5", "a unmap", "a fill", "a map 6", "a unmap", "a fill", "a map 7"]
-    assert log.count("a map 5") - log.count("a map 7") in (0, 1)
+    whole = [event for place in (5, 6, 7) for event in ("a fill", f"a map {place}", "a unmap")]
+    assert log == (whole * recorder.count)[: len(log)]
     assert seen == sorted(seen)
     assert seen[-1] == result.seconds
 
@@ -285,7 +285,8 @@ def dma_machine(kind: Any) -> MachineConfig:
 @pytest.mark.parametrize("changes", PARAMS)
 @pytest.mark.parametrize("kind", ["strict", "lazy", "identity"])
 async def test_dma(changes: dict[str, Any], kind: str) -> None:
-    params = MapParams(**{"bits": 32} | changes)
+    # Behind 26 bits there are fewer large mappings than a flush queue holds: the IOVAs would run out.
+    params = MapParams(**changes | ({"bits": 32} if kind == "lazy" else {}))
     async with Machine(dma_machine(kind)) as machine:
         dma = DmaDevice(machine.kernel, machine.kernel.devices[0])
         target = DmaTarget(dma, params, lambda size, align: machine.memory.alloc(size, align=align))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -17,15 +16,16 @@ from pvfio.host.config import IommuConfig
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
 from pvfio.silicon import Engine
 from pvfio.vfio import Container, Device
+from tests.profiles import PROFILE
 
 
 def cases(parts: int = 1) -> settings:
-    """How many examples a property of an operation is tried with: 200, and 10,000 in the nightly profile, in all
-    ``parts`` together that a test is parametrized into.
+    """How many examples a property of an operation is tried with: 200, 10,000 in the nightly profile and 50 under
+    sanitizers, in all ``parts`` together that a test is parametrized into.
     """
-    nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    total = {"nightly": 10_000, "sanitized": 50}.get(PROFILE, 200)
     return settings(
-        max_examples=-(-(10_000 if nightly else 200) // parts),
+        max_examples=-(-total // parts),
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )

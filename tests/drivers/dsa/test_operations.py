@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvfio.drivers.dsa import BatchError, DsaError, descriptors
+from tests.profiles import tries
 
 pytestmark = pytest.mark.touches_c
 
@@ -235,7 +236,7 @@ async def test_operations_of_many_tasks_at_once(running: Any, kind: Kind) -> Non
 MOVE = st.tuples(st.integers(0, SIZE - 1), st.integers(0, SIZE - 1), st.integers(1, SIZE))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=tries(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moves=st.lists(MOVE, min_size=2, max_size=20), scattered=st.booleans())
 def test_random_batches_of_fenced_moves_do_what_numpy_does(
     running: Any, moves: list[tuple[int, int, int]], scattered: bool
