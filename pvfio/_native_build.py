@@ -44,6 +44,7 @@ ROOM_HEADERS = (
     "workloads/bench_loops.h",
     "workloads/latency.h",
     "workloads/map_loop.h",
+    "workloads/fio/blocks.h",
 )
 CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
 

@@ -1,0 +1,465 @@
+"""One job at work: submits I/O while slots are free, takes completions, verifies, and counts. By batches throughout.
+
+A job's passes go on until ``size`` (or ``io_size``) is done ``loops`` times or, with ``time_based``, until ``runtime``
+is over. A job that writes and verifies reads back and checks all it wrote after each pass, however long it takes. Writes
+that are to be verified never overlap others in flight. Where there is nothing to do for a moment, other tasks run.
+
+Cancelled: what is in flight ends in the driver's hands; ``stop`` ends a job in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from pvfio.workloads.fio.checksums import fill_random
+from pvfio.workloads.fio.job import READ, WRITE, Job
+from pvfio.workloads.fio.pace import Pace
+from pvfio.workloads.fio.plan import Ios, Plan
+from pvfio.workloads.fio.queue import IoQueue
+from pvfio.workloads.fio.record import Recorder
+from pvfio.workloads.fio.stats import JobStats, Usage
+from pvfio.workloads.fio.verify import Verifier, Written
+
+__all__ = ["Engine", "Place"]
+
+_SPIN_NS: Final = 20_000
+_TURN_NS: Final = 500_000  # how long a job runs before others do
+_MOST_FAILURES: Final = 1000  # lines kept
+_EAGER: Final = 16  # looks before sleeping
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job's file is: ``base`` and ``size`` in bytes of the namespace, and what it is called."""
+
+    name: str
+    base: int
+    size: int
+
+
+class _Source(Protocol):
+    def take(self, count: int) -> Ios: ...
+
+    def untake(self, count: int) -> None: ...
+
+
+class _List:
+    """I/O that is known beforehand: what was written, to be read."""
+
+    def __init__(self, ios: Ios, numbers: NDArray[np.int64]) -> None:
+        self._ios = Ios(np.full(len(ios), READ, dtype=np.uint8), ios.offset, ios.length)
+        self.numbers = numbers
+        self.position = 0
+
+    def take(self, count: int) -> Ios:
+        found = self._ios.part(self.position, self.position + count)
+        self.position += len(found)
+        return found
+
+    def untake(self, count: int) -> None:
+        self.position -= count
+
+
+class Engine:
+    """A job on its queue and its place. ``seed`` decides everything random; ``thread`` counts jobs from 1.
+
+    ``failed`` is called with each line about a block that does not verify or a command that fails. Raises
+    ``ValueError`` for a job that does not fit its place.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        queue: IoQueue,
+        place: Place,
+        stats: JobStats,
+        *,
+        seed: int,
+        thread: int = 1,
+        alone: bool = True,
+        failed: Callable[[str], None] | None = None,
+    ) -> None:
+        self.job, self.queue, self.place, self.stats = job, queue, place, stats
+        self._failed = failed or (lambda line: None)
+        self._seed = seed
+        self._writes_verified = bool(job.verify) and job.mode.writes and not job.mode.trims
+        repeated = job.time_based and not self._writes_verified
+        self.plan = Plan(job, place.size, seed, unit=queue.block_size, endless=repeated)
+        depth = job.iodepth
+        self._start = np.zeros(depth, dtype=np.int64)
+        self._submitted = np.zeros(depth, dtype=np.int64)
+        self._direction = np.zeros(depth, dtype=np.uint8)
+        self._length = np.zeros(depth, dtype=np.int64)
+        self._offset = np.zeros(depth, dtype=np.uint64)
+        self._number = np.full(depth, -1, dtype=np.int64)
+        self._free = np.arange(depth - 1, -1, -1, dtype=np.intp)
+        self._free_count = depth
+        self._pace = Pace(job, np.random.default_rng([seed, 1]))
+        self._turn_ns = _TURN_NS if alone else _TURN_NS // 4
+        self._stopped = False
+        self._verifier: Verifier | None = None
+        if job.verify:
+            self._verifier = Verifier(job, queue.buffer, place.base, thread, seed)
+        self._written: Written | None = None
+        self._busy: NDArray[np.bool_] | None = None
+        self._checking = job.verifying_reads
+        self._numbers_known = False
+        self.recorder = Recorder(job, stats, 0)
+        self._deadline = 0
+        self._ramp_until = 0
+        self._since_flush = 0
+
+    def stop(self) -> None:
+        """No more I/O is issued; what is in flight is waited for."""
+        self._stopped = True
+
+    @property
+    def inflight(self) -> int:
+        """I/Os without a completion yet."""
+        return self.job.iodepth - self._free_count
+
+    # The whole job
+
+    async def run(self) -> None:
+        """From the first I/O to the last check. Errors of the device are in the statistics, not raised."""
+        job = self.job
+        self._fill_buffers()
+        before = _usage()
+        begin = time.perf_counter_ns()
+        self.recorder.restart(begin)
+        self._ramp_until = begin + job.ramp_time if job.ramp_time else 0
+        self._deadline = begin + job.ramp_time + job.runtime if job.runtime else 0
+        self._pace.begin(begin)
+        if self._writes_verified:
+            await self._write_and_verify()
+        else:
+            await self._phase(self.plan)
+            self._account(begin)
+        if job.end_fsync and job.mode.writes:
+            await self._flush()
+        self.recorder.fold()
+        self.stats.runtime = time.perf_counter_ns() - self.recorder.begin
+        self.stats.usage = _difference(before, _usage())
+
+    async def _write_and_verify(self) -> None:
+        """Each pass: all the writes, then all the checks."""
+        job = self.job
+        loops = 0
+        while not self._stopped and not self.stats.error:
+            unit = min(job.least_block(direction) for direction in job.directions)
+            self._written = Written(self.plan.size, unit)
+            self._busy = self._written.new_map()
+            begin = time.perf_counter_ns()
+            if job.verify_only:
+                self._pretend()
+            else:
+                await self._phase(self.plan)
+                self._account(begin)
+            if job.do_verify and not (self.stats.error and job.verify_fatal):
+                await self._check_all()
+            loops += 1
+            over = self._deadline and time.perf_counter_ns() >= self._deadline
+            if over or (not job.time_based and loops >= job.loops):
+                return
+            self.plan = Plan(job, self.place.size, self._seed + loops, unit=self.queue.block_size)
+
+    def _pretend(self) -> None:
+        """Remembers what the job would write, which an earlier run has."""
+        assert self._written is not None
+        while len(ios := self.plan.take(4096)):
+            self._written.add(_chosen(ios, ios.direction == WRITE))
+
+    async def _check_all(self) -> None:
+        assert self._written is not None
+        ios, numbers = self._written.remaining(ordered=self.job.verifysort and not self.job.mode.random)
+        begin = time.perf_counter_ns()
+        self._written, self._busy, self._checking = None, None, True
+        # A sequence of numbers is known only to the run that wrote.
+        self._numbers_known = self.job.verify_write_sequence and not self.job.verify_only
+        deadline, self._deadline = self._deadline, 0
+        self._pace.active, active = False, self._pace.active
+        try:
+            await self._phase(_List(ios, numbers))
+        finally:
+            self._checking, self._deadline, self._pace.active = False, deadline, active
+        self.recorder.fold()
+        self.stats.directions[READ].runtime += time.perf_counter_ns() - begin
+
+    def _account(self, begin: int) -> None:
+        """The time of a phase, for every direction that took part."""
+        self.recorder.fold()
+        elapsed = time.perf_counter_ns() - max(begin, self.recorder.begin)
+        for direction in self.job.directions:
+            self.stats.directions[direction].runtime += elapsed
+
+    def _fill_buffers(self) -> None:
+        job, buffer = self.job, self.queue.buffer
+        if not job.mode.writes or self._verifier is not None:
+            return
+        if job.zero_buffers:
+            buffer[:] = 0
+        elif job.buffer_pattern is not None:
+            data = job.buffer_pattern.data
+            buffer[:] = np.frombuffer(data * (-(-len(buffer) // len(data))), dtype=np.uint8)[: len(buffer)]
+        else:
+            size = np.array([len(buffer)], dtype=np.uint64)
+            fill_random(buffer, np.zeros(1, dtype=np.uint64), size, np.array([self._seed], dtype=np.uint64))
+
+    # One phase
+
+    async def _phase(self, source: _Source) -> None:
+        """Issues what the source has, until it has nothing more, time is up or an error stops the job."""
+        more, idle = True, 0
+        turn = time.perf_counter_ns()
+        while more or self.inflight:
+            now = time.perf_counter_ns()
+            if more and (self._stopped or self.stats.error or (self._deadline and now >= self._deadline)):
+                more = False
+            if self._ramp_until and now >= self._ramp_until:
+                self._end_ramp(now)
+            if more and self._free_count and self._wants(self.inflight):
+                more = await self._issue(source, now)
+            done = self._reap()
+            idle = 0 if done else idle + 1
+            if now - turn > self._turn_ns or (idle and not self.inflight):
+                await self._rest(now, more)
+                turn, idle = time.perf_counter_ns(), 0
+            elif idle > _EAGER and self.inflight:
+                await self._sleep_for_some(now, more)
+                turn, idle = time.perf_counter_ns(), 0
+
+    def _wants(self, inflight: int) -> bool:
+        """Whether to submit: at all times, or only once few are in flight (``iodepth_low``)."""
+        low = self.job.iodepth_low
+        if not low or inflight <= low:
+            self._filling = True
+        elif inflight >= self.job.iodepth:
+            self._filling = False
+        return self._filling
+
+    _filling = True
+
+    async def _rest(self, now: int, more: bool) -> None:
+        """Lets others run; until the next I/O is due, where nothing is in flight."""
+        if more and self._pace.active and not self.inflight:
+            due = self._pace.next_time(now)
+            if due > now + 50_000:
+                await trio.sleep((due - now - 20_000) / 1e9)
+                return
+        await trio.lowlevel.checkpoint()
+
+    async def _sleep_for_some(self, now: int, more: bool) -> None:
+        """Until something is complete, or the next I/O is due."""
+        limit = float("inf")
+        if more and self._pace.active and self._free_count:
+            limit = max(0.0, (self._pace.next_time(now) - now) / 1e9) or float("inf")
+        with trio.move_on_after(limit):
+            slots, status, failed = await self.queue.wait()
+            self._complete(slots, status, failed)
+
+    async def _issue(self, source: _Source, now: int) -> bool:
+        """Submits what may be submitted; whether there may be more."""
+        count = self._free_count
+        if self.job.batch_submit > 1:
+            count = min(count, self.job.batch_submit)
+        if self._pace.active:
+            count = self._pace.limit(count, now)
+        if self.job.fsync or self.job.fdatasync:
+            every = self.job.fsync or self.job.fdatasync
+            if self._since_flush >= every:
+                await self._drain()
+                await self._flush()
+            count = min(count, every - self._since_flush)
+        if not count:
+            return True
+        ios = source.take(count)
+        if not len(ios):
+            return False
+        allowed = self._allowed(ios, now)
+        if allowed < len(ios):
+            source.untake(len(ios) - allowed)
+            ios = ios.part(0, allowed)
+        if allowed:
+            self._submit(source, ios, now)
+        return True
+
+    def _allowed(self, ios: Ios, now: int) -> int:
+        allowed = self._pace.allow(ios, now) if self._pace.active else len(ios)
+        if self._busy is not None and self._written is not None and allowed:
+            allowed = self._written.independent(ios.part(0, allowed), self._busy)
+        return allowed
+
+    def _submit(self, source: _Source, ios: Ios, now: int) -> None:
+        count = len(ios)
+        self._free_count -= count
+        slots = self._free[self._free_count : self._free_count + count].copy()
+        self._prepare(source, ios, slots)
+        absolute = Ios(ios.direction, ios.offset + np.uint64(self.place.base), ios.length)
+        begin = time.perf_counter_ns()
+        self.queue.submit(absolute, slots)
+        end = time.perf_counter_ns()
+        self._start[slots], self._submitted[slots] = begin, end
+        self._direction[slots], self._length[slots] = ios.direction, ios.length
+        self._offset[slots] = ios.offset
+        self.stats.count_submit(count)
+        self.stats.count_depth(self.inflight, count)
+        if self._pace.active:
+            self._pace.issued(ios, now)
+        if self.job.fsync or self.job.fdatasync:
+            self._since_flush += int(np.count_nonzero(ios.direction == WRITE))
+
+    def _prepare(self, source: _Source, ios: Ios, slots: NDArray[np.intp]) -> None:
+        """What is written, and what is expected of what is read."""
+        if isinstance(source, _List):
+            self._number[slots] = source.numbers[source.position - len(ios) : source.position]
+            return
+        if self._written is not None and self._busy is not None and self._verifier is not None:
+            self._written.mark(self._busy, ios, True)
+            writes = ios.direction == WRITE
+            if writes.any():
+                mine = _chosen(ios, writes)
+                self._verifier.stamp(self._starts(slots[writes]), mine, self._written.add(mine))
+        elif self.job.refill_buffers and self.job.mode.writes:
+            seeds = np.random.default_rng([self._seed, self.stats.submits.sum()]).integers(
+                1, 1 << 63, len(slots), dtype=np.uint64
+            )
+            fill_random(self.queue.buffer, self._starts(slots), ios.length, seeds)
+
+    def _starts(self, slots: NDArray[np.intp]) -> NDArray[np.uint64]:
+        return slots.astype(np.uint64) * np.uint64(self.queue.stride)
+
+    # Completion
+
+    def _reap(self) -> int:
+        if not self.inflight:
+            return 0
+        least = max(1, min(self.job.batch_complete_min, self.inflight))
+        slots, status, failed = self.queue.reap(least, _SPIN_NS)
+        self._complete(slots, status, failed)
+        return len(slots)
+
+    def _complete(self, slots: NDArray[np.intp], status: NDArray[np.uint16], failed: int) -> None:
+        count = len(slots)
+        if not count:
+            return
+        now = time.perf_counter_ns()
+        self.stats.count_complete(count)
+        if self._busy is not None and self._written is not None:
+            self._written.mark(self._busy, self._ios(slots), False)
+        good = slots
+        if failed:
+            good = slots[status == 0]
+            self._report(slots[status != 0], status[status != 0])
+        submitted = self._submitted[good]
+        self.recorder.add(
+            now, self._direction[good], self._length[good], submitted - self._start[good], now - submitted
+        )
+        if self._checking and len(good):
+            self._check(good)
+        self._free[self._free_count : self._free_count + count] = slots
+        self._free_count += count
+
+    def _ios(self, slots: NDArray[np.intp]) -> Ios:
+        return Ios(self._direction[slots], self._offset[slots], self._length[slots].astype(np.uint64))
+
+    def _check(self, slots: NDArray[np.intp]) -> None:
+        assert self._verifier is not None
+        reads = slots[self._direction[slots] == READ]
+        numbers = self._number[reads] if self._numbers_known else None
+        looked, failures = self._verifier.check(self._starts(reads), self._ios(reads), numbers)
+        self.stats.verified += looked
+        self.stats.failed += len(failures)
+        for failure in failures:
+            lba = failure.offset // self.queue.block_size
+            self._line(
+                f"{self.job.verify}: verify failed at file {self.place.name} offset {failure.offset - self.place.base}, "
+                f"length {failure.length} (LBA {lba}): {failure.why}"
+            )
+        if failures and self.job.continue_on_error not in ("verify", "all") and self.job.verify_fatal:
+            self._fail(errno.EILSEQ, f"verify: LBA {failures[0].offset // self.queue.block_size}")
+        elif failures and not self.stats.error:
+            self._verify_failed = f"verify: LBA {failures[0].offset // self.queue.block_size}"
+
+    _verify_failed = ""
+
+    def _report(self, slots: NDArray[np.intp], status: NDArray[np.uint16]) -> None:
+        """Commands that failed."""
+        self.stats.failed += len(slots)
+        for slot, value in zip(slots.tolist(), status.tolist(), strict=True):
+            what = ("read", "write", "trim")[int(self._direction[slot])]
+            lba = (int(self._offset[slot]) + self.place.base) // self.queue.block_size
+            name = self.queue.status_name(value)
+            self._line(f"{what} failed at file {self.place.name} offset {int(self._offset[slot])} (LBA {lba}): {name}")
+            kinds = {"read": ("read", "io", "all"), "write": ("write", "io", "all"), "trim": ("io", "all")}
+            if self.job.continue_on_error not in kinds[what]:
+                self._fail(errno.EIO, f"{what} LBA {lba}: {name}")
+
+    def _line(self, text: str) -> None:
+        if len(self.stats.failures) < _MOST_FAILURES:
+            self.stats.failures.append(text)
+            self._failed(text)
+
+    def _fail(self, number: int, reason: str) -> None:
+        if not self.stats.error:
+            self.stats.error, self.stats.reason = number, f"{os.strerror(number)}; {reason}"
+
+    def finish(self) -> None:
+        """A job with blocks that did not verify has failed, though it went on."""
+        if self._verify_failed and self.job.continue_on_error not in ("verify", "all"):
+            self._fail(errno.EILSEQ, self._verify_failed)
+
+    # Flushes
+
+    async def _drain(self) -> None:
+        while self.inflight:
+            if not self._reap():
+                slots, status, failed = await self.queue.wait()
+                self._complete(slots, status, failed)
+
+    async def _flush(self) -> None:
+        from pvfio.errors import PvfioError
+
+        begin = time.perf_counter_ns()
+        self._since_flush = 0
+        try:
+            await self.queue.flush()
+        except PvfioError as error:
+            self._line(f"flush failed: {error}")
+            self._fail(errno.EIO, f"flush: {error}")
+            return
+        self.stats.flushes.add(np.array([time.perf_counter_ns() - begin], dtype=np.int64))
+
+    def _end_ramp(self, now: int) -> None:
+        self._ramp_until = 0
+        self.recorder.restart(now)
+
+
+def _chosen(ios: Ios, which: NDArray[np.bool_]) -> Ios:
+    return Ios(ios.direction[which], ios.offset[which], ios.length[which])
+
+
+def _usage() -> Usage:
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(
+        found.ru_utime, found.ru_stime, found.ru_nvcsw + found.ru_nivcsw, found.ru_majflt, found.ru_minflt
+    )
+
+
+def _difference(before: Usage, after: Usage) -> Usage:
+    return Usage(
+        after.user - before.user,
+        after.system - before.system,
+        after.switches - before.switches,
+        after.major - before.major,
+        after.minor - before.minor,
+    )

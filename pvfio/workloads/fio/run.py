@@ -1,0 +1,117 @@
+"""Running jobs: waves between stonewalls, the jobs of a wave side by side, and joining their statistics for reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+import trio
+
+from pvfio.workloads.fio.engine import Engine, Place
+from pvfio.workloads.fio.job import Job
+from pvfio.workloads.fio.layout import Clone
+from pvfio.workloads.fio.queue import IoQueue
+from pvfio.workloads.fio.stats import DirectionStats, JobStats
+
+__all__ = ["Finished", "Run", "joined"]
+
+QueueMaker = Callable[[Clone, int], AbstractAsyncContextManager[tuple[IoQueue, Place]]]
+"""Makes a queue for a clone, the second number counting those of its wave."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A clone that ended, its statistics and its engine."""
+
+    clone: Clone
+    stats: JobStats
+    engine: Engine
+
+
+@dataclass
+class Run:
+    """All jobs of a run. ``engines`` are those at work now; ``finished`` those that ended, in order of their threads."""
+
+    clones: Sequence[Clone]
+    make_queue: QueueMaker
+    failed: Callable[[str], None] = lambda line: None
+    engines: list[Engine] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    began: float = 0.0
+    elapsed: float = 0.0
+
+    async def run(self) -> list[Finished]:
+        """Every wave after the other. Cancelled: nothing is in flight afterwards."""
+        self.began = time.time()
+        begin = time.perf_counter()
+        try:
+            for wave in sorted({clone.wave for clone in self.clones}):
+                await self._wave([clone for clone in self.clones if clone.wave == wave])
+        finally:
+            self.elapsed = time.perf_counter() - begin
+            self.finished.sort(key=lambda item: item.clone.thread)
+        return self.finished
+
+    async def _wave(self, members: Sequence[Clone]) -> None:
+        async with trio.open_nursery() as nursery:
+            for number, clone in enumerate(members):
+                nursery.start_soon(self._one, clone, number, len(members) == 1)
+
+    async def _one(self, clone: Clone, number: int, alone: bool) -> None:
+        async with self.make_queue(clone, number) as (queue, place):
+            stats = JobStats(clone.job.name, clone.group)
+            engine = Engine(
+                clone.job,
+                queue,
+                place,
+                stats,
+                seed=clone.seed,
+                thread=clone.thread,
+                alone=alone,
+                failed=self.failed,
+            )
+            if clone.job.startdelay:
+                await trio.sleep(clone.job.startdelay / 1e9)
+            self.engines.append(engine)
+            try:
+                await engine.run()
+            finally:
+                engine.finish()
+                self.engines.remove(engine)
+                self.finished.append(Finished(clone, stats, engine))
+        if clone.job.exitall:
+            self.stop()
+
+    def stop(self) -> None:
+        """Ends the jobs at work in order."""
+        for engine in self.engines:
+            engine.stop()
+
+
+def joined(finished: Sequence[Finished]) -> list[tuple[Job, JobStats]]:
+    """What is reported: each clone, or with ``group_reporting`` the group's clones together under the first name."""
+    found: list[tuple[Job, JobStats]] = []
+    group: int | None = None
+    for item in finished:
+        job = item.clone.job
+        if job.group_reporting and group == item.clone.group and found:
+            found[-1][1].merge(item.stats)
+        else:
+            stats = JobStats(item.stats.name, item.stats.group, jobs=0)
+            stats.merge(item.stats)
+            found.append((job, stats))
+        group = item.clone.group if job.group_reporting else None
+    for job, stats in found:
+        if job.unified:
+            stats.mixed = _mix(stats)
+    return found
+
+
+def _mix(stats: JobStats) -> DirectionStats:
+    """All directions as one."""
+    mixed = DirectionStats()
+    for direction in stats.directions:
+        mixed.merge(direction)
+    return mixed
