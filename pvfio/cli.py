@@ -58,6 +58,14 @@ class EngineChoice(StrEnum):
     thread = "thread"
 
 
+class Completion(StrEnum):
+    """How the driver learns that commands are complete."""
+
+    polled = "polled"
+    interrupt = "interrupt"
+    hybrid = "hybrid"
+
+
 def _size(text: str, option: str) -> int:
     """Bytes: a number, hexadecimal with 0x, or with K, M or G (powers of 1024)."""
     from pvfio.workloads.parameters import parse_size
@@ -307,6 +315,82 @@ def dma_map_benchmark(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     raise typer.Exit(cli_dma_map_benchmark.run(options, began))
+
+
+@app.command()
+def fio(
+    jobfiles: Annotated[
+        list[Path] | None, typer.Argument(metavar="JOBFILE...", help="fio job files, as they are.")
+    ] = None,
+    output_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="normal, json or json+; several with commas.")
+    ] = "normal",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The report goes there.")] = None,
+    section: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Run only this job; may be repeated.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option for every job, over the files'; may be repeated."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The namespace is this raw image, not memory.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The namespace refuses writes.")] = False,
+    size: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Of the namespace in memory; 0: what the jobs need, 256M or more."),
+    ] = "0",
+    completion: Annotated[
+        Completion, typer.Option(help="How completion is seen: a short poll, then interrupt, is hybrid.")
+    ] = Completion.hybrid,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a picture of IOPS and latencies (matplotlib).")
+    ] = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure 4 KiB random I/O against a plain C loop; no job files.")
+    ] = False,
+    parse_only: Annotated[
+        bool, typer.Option("--parse-only", help="Read the job files, run nothing.")
+    ] = False,
+    platform: PlatformOption = Platform.intel,
+    engine: EngineOption = EngineChoice.thread,
+    ram: RamOption = "512M",
+) -> None:
+    """Run fio job files through the NVMe driver on an emulated controller, with fio's reports."""
+    from pvfio import cli_fio
+
+    memory = _size(ram, "--ram")
+    if bench:
+        from pvfio import cli_fio_bench
+
+        raise typer.Exit(
+            cli_fio_bench.run(platform.value, engine.value, memory, json=output_format != "normal")
+        )
+    if not jobfiles:
+        raise typer.BadParameter("name a job file, or --bench")
+    formats = tuple(dict.fromkeys(output_format.split(",")))
+    if not set(formats) <= set(cli_fio.FORMATS):
+        raise typer.BadParameter(
+            f"--output-format: one of {', '.join(cli_fio.FORMATS)}, not {output_format!r}"
+        )
+    options = cli_fio.FioOptions(
+        files=jobfiles,
+        platform=platform.value,
+        engine=engine.value,
+        completion=completion.value,
+        ram=memory,
+        size=_size(size, "--size"),
+        image=image,
+        read_only=read_only,
+        formats=formats,  # type: ignore[arg-type]
+        output=output,
+        sections=section or (),
+        overrides=option or (),
+        plot=plot,
+        parse_only=parse_only,
+    )
+    raise typer.Exit(cli_fio.run(options))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-/* Filling and checksumming many blocks (see blocks.h). */
+/* Filling, checksumming and copying many blocks (see blocks.h). */
 #include "blocks.h"
 
 #include <string.h>
@@ -70,4 +70,19 @@ void pv_fio_crc32c(const uint8_t *base, const uint64_t *start, const uint64_t *l
 {
     for (uint64_t i = 0; i < count; i++)
         crc[i] = crc32c(base + start[i], length[i]);
+}
+
+void pv_fio_copy_loop(uint8_t *memory, uint8_t *buffers, const uint64_t *offset, uint64_t count, uint64_t size,
+                      uint64_t slots, int to_memory)
+{
+    uint64_t slot = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        uint8_t *buffer = buffers + slot * size;
+        if (to_memory)
+            memcpy(memory + offset[i], buffer, size);
+        else
+            memcpy(buffer, memory + offset[i], size);
+        __asm__ volatile("" : : "r"(buffer), "r"(memory) : "memory");
+        slot = slot + 1 == slots ? 0 : slot + 1;
+    }
 }

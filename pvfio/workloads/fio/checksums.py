@@ -1,7 +1,7 @@
 """Checksums of many blocks of a buffer: CRC-32C at once, the others by hashlib and zlib block by block.
 
-Names and numbers are fio's (``verify=``). CRC-32C, MD5 and SHA-3 are where and what fio has, so that each can check what
-the other wrote; of CRC-32, SHA-1 and SHA-2 fio keeps unfinished values, pvfio the standard's.
+Names and numbers are fio's (``verify=``). CRC-32C, MD5 and SHA-3 are where and what fio has, so that each checks
+what the other wrote; of CRC-32, SHA-1 and SHA-2 fio keeps unfinished values, pvfio the standard's.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _crc32c(buffer: NDArray[np.uint8], starts: _U64, lengths: _U64) -> NDArray[n
 
 def _each(size: int, digest: Callable[[memoryview], bytes]) -> Callable[..., NDArray[np.uint8]]:
     def of(buffer: NDArray[np.uint8], starts: _U64, lengths: _U64) -> NDArray[np.uint8]:
-        view = memoryview(np.asarray(buffer))
+        view = memoryview(np.asarray(buffer).data)
         parts = [digest(view[s : s + n]) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
         return np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, size)
 
@@ -78,7 +78,9 @@ def _each(size: int, digest: Callable[[memoryview], bytes]) -> Callable[..., NDA
 
 def _hash(name: str, number: int) -> Checksum:
     size = hashlib.new(name, usedforsecurity=False).digest_size
-    return Checksum(number, size, _each(size, lambda data: hashlib.new(name, data, usedforsecurity=False).digest()))
+    return Checksum(
+        number, size, _each(size, lambda data: hashlib.new(name, data, usedforsecurity=False).digest())
+    )
 
 
 CHECKSUMS: Final[dict[str, Checksum]] = {

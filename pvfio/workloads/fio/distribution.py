@@ -80,7 +80,9 @@ class Shuffle:
             parts.append(self._part(self._position, size))
             self._position += size
             n -= size
-        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+        return (
+            parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+        )
 
     def _part(self, start: int, size: int) -> _U64:
         if self._in_memory:
@@ -112,13 +114,16 @@ class _Ranked:
     def _place(self, ranks: _U64) -> _U64:
         if self._hashed:
             ranks = ranks * _GOLDEN
-        return (ranks % np.uint64(self.count) + self._offset) % np.uint64(self.count)
+        placed: _U64 = (ranks % np.uint64(self.count) + self._offset) % np.uint64(self.count)
+        return placed
 
 
 class Zipf(_Ranked):
     """Rank k is as likely as ``1 / k ** theta``."""
 
-    def __init__(self, count: int, rng: np.random.Generator, theta: float, center: float | None = None) -> None:
+    def __init__(
+        self, count: int, rng: np.random.Generator, theta: float, center: float | None = None
+    ) -> None:
         super().__init__(count, rng, center)
         ranks = np.arange(1, min(count, _MOST_RANKS) + 1, dtype=np.float64)
         self._theta = theta
@@ -142,7 +147,7 @@ class Zipf(_Ranked):
 
 
 class Pareto(_Ranked):
-    """The self-similar distribution: a share ``h`` of the blocks gets 1 - h of the I/O, and so does that share of them."""
+    """The self-similar distribution: a share ``h`` of the blocks gets 1 - h of the I/O, and within them again."""
 
     def __init__(self, count: int, rng: np.random.Generator, h: float, center: float | None = None) -> None:
         super().__init__(count, rng, center)
@@ -160,7 +165,9 @@ class Pareto(_Ranked):
 class Normal:
     """Normally distributed around the centre; ``deviation`` in percent of the file. What falls outside wraps."""
 
-    def __init__(self, count: int, rng: np.random.Generator, deviation: float, center: float | None = None) -> None:
+    def __init__(
+        self, count: int, rng: np.random.Generator, deviation: float, center: float | None = None
+    ) -> None:
         self.count = count
         self._rng = rng
         self._mean = count * (0.5 if center is None else center)
@@ -169,7 +176,8 @@ class Normal:
     def draw(self, n: int) -> _U64:
         """Independent ones."""
         values = np.floor(self._rng.normal(self._mean, self._deviation, n))
-        return np.mod(values, self.count).astype(np.uint64)
+        wrapped: _U64 = np.mod(values, self.count).astype(np.uint64)
+        return wrapped
 
 
 class Zoned:
@@ -187,7 +195,9 @@ class Zoned:
 
     def draw(self, n: int) -> _U64:
         """Independent ones."""
-        zone = np.minimum(np.searchsorted(self._shares, self._rng.random(n), side="right"), len(self._shares) - 1)
+        zone = np.minimum(
+            np.searchsorted(self._shares, self._rng.random(n), side="right"), len(self._shares) - 1
+        )
         inside = np.floor(self._rng.random(n) * self._sizes[zone]).astype(np.int64)
         return np.minimum(self._starts[zone] + inside, self.count - 1).astype(np.uint64)
 
@@ -207,5 +217,7 @@ def make_blocks(
         return Normal(count, rng, distribution.theta, distribution.center)
     if kind in ("zoned", "zoned_abs"):
         whole = count / 100 if kind == "zoned" else 1 / block
-        return Zoned(count, rng, tuple((share, max(1, round(size * whole))) for share, size in distribution.zones))
+        return Zoned(
+            count, rng, tuple((share, max(1, round(size * whole))) for share, size in distribution.zones)
+        )
     return Shuffle(count, rng) if every_one else Uniform(count, rng)

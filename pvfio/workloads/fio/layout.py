@@ -25,7 +25,7 @@ _ALIGN: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Clone:
-    """One of a job's ``numjobs``: ``number`` from 0 within the job, ``thread`` from 1 among all, ``seed`` of its own."""
+    """One of a job's ``numjobs``: ``number`` from 0 within the job, ``thread`` from 1 among all, its own ``seed``."""
 
     job: Job
     number: int
@@ -38,7 +38,11 @@ class Clone:
     def file(self) -> str:
         """What its file is called."""
         name = self.job.filename or f"{self.job.name}.{self.number}.0"
-        return name.replace("$jobname", self.job.name).replace("$jobnum", str(self.number)).replace("$filenum", "0")
+        return (
+            name.replace("$jobname", self.job.name)
+            .replace("$jobnum", str(self.number))
+            .replace("$filenum", "0")
+        )
 
 
 def clones(jobs: Sequence[Job], *, entropy: int) -> list[Clone]:
@@ -106,7 +110,9 @@ class Layout:
             self.notes.add("the files of all jobs do not fit beside each other: they share the namespace")
         for name, size in sizes.items():
             if size > whole or (not apart and verified):
-                raise ValueError(f"{name} needs {size} bytes of a namespace of {whole}: use --size or a smaller size=")
+                raise ValueError(
+                    f"{name} needs {size} bytes of a namespace of {whole}: use --size or a smaller size="
+                )
             if not size or not apart:
                 self._files[name] = (0, whole)
             else:

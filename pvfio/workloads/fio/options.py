@@ -156,7 +156,9 @@ def _set_rw(draft: _Draft, text: str) -> None:
         "trimwrite": (False, True, True),
     }
     if plain not in kinds:
-        raise ValueError(f"{text!r} is not a kind of I/O (read, write, trim, rw, randread, randwrite, randrw, ...)")
+        raise ValueError(
+            f"{text!r} is not a kind of I/O (read, write, trim, rw, randread, randwrite, randrw, ...)"
+        )
     reads, writes, trims = kinds[plain]
     number = values.parse_size(modifier) if modifier else 0
     draft.fields["mode"] = Mode(word, reads, writes, trims, word.startswith("rand"), number)
@@ -190,7 +192,11 @@ def _zones(words: list[str], absolute: bool, draft: _Draft) -> tuple[tuple[float
             raise ValueError(f"{word!r} is not access/size")
         size = values.parse_size(extent, kb_base=draft.kb_base) if absolute else values.evaluate(extent)
         zones.append((values.evaluate(share), float(size)))
-    if not zones or sum(share for share, _ in zones) > 100 or (not absolute and sum(s for _, s in zones) > 100):
+    if (
+        not zones
+        or sum(share for share, _ in zones) > 100
+        or (not absolute and sum(s for _, s in zones) > 100)
+    ):
         raise ValueError("zones are access/size with at most 100 percent of each")
     if any(share < 0 or size <= 0 for share, size in zones):
         raise ValueError("a zone has an extent, and no negative share")
@@ -448,7 +454,9 @@ def _apply(draft: _Draft, key: str, text: str) -> None:
         try:
             OPTIONS[name](draft, text)
         except ValueError as error:
-            raise JobFileError(f"{draft.section.where} [{draft.section.name}]", f"{key}={text}: {error}") from None
+            raise JobFileError(
+                f"{draft.section.where} [{draft.section.name}]", f"{key}={text}: {error}"
+            ) from None
     elif name in IGNORED:
         why = IGNORED[name]
         draft.notes.add(f"{key}={text} makes no difference here" + (f": {why}" if why else ""))
@@ -467,7 +475,9 @@ def build(section: Section, notes: Notes, *, folder: Path | None = None) -> Job:
             _apply(draft, key, text)
     for key, text in everything:
         _apply(draft, key, text)
-    job = Job(where=section.where, own=tuple(section.options), inherited=tuple(section.inherited), **draft.fields)
+    job = Job(
+        where=section.where, own=tuple(section.options), inherited=tuple(section.inherited), **draft.fields
+    )
     try:
         _check(job)
     except ValueError as error:

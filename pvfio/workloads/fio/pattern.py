@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Pattern", "parse_pattern"]
 
 _PIECE: Final = re.compile(
-    r"\"(?P<string>[^\"]*)\"|'(?P<file>[^']*)'|(?P<hex>0x[0-9a-f]+)|(?P<offset>%o)|(?P<number>-?\d+)", re.IGNORECASE
+    r"\"(?P<string>[^\"]*)\"|'(?P<file>[^']*)'|(?P<hex>0x[0-9a-f]+)|(?P<offset>%o)|(?P<number>-?\d+)",
+    re.IGNORECASE,
 )
 _LONGEST: Final = 512
 

@@ -68,7 +68,7 @@ class Plan:
         self._ios_left = job.number_ios or None
         self._chunk = Ios(*_nothing())
         self._position = 0
-        self._sequential = {direction: 0 for direction in (READ, WRITE, TRIM)}
+        self._sequential = dict.fromkeys((READ, WRITE, TRIM), 0)
         self._since_jump = 0
         self._covers = self._uses_map()
         self._pieces: Ios | None = None
@@ -76,7 +76,9 @@ class Plan:
 
     def _uses_map(self) -> bool:
         job = self.job
-        plain = all(job.distributions[d].kind == "random" and job.percentage_random[d] == 100 for d in job.directions)
+        plain = all(
+            job.distributions[d].kind == "random" and job.percentage_random[d] == 100 for d in job.directions
+        )
         return job.mode.random and not job.norandommap and plain and job.mode.modifier < 2
 
     # What is handed out
@@ -256,7 +258,9 @@ class Plan:
                 offsets[chosen], lengths[chosen] = self._run(direction, lengths[chosen])
         return Ios(directions, offsets, lengths)
 
-    def _run(self, direction: int, lengths: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    def _run(
+        self, direction: int, lengths: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Offsets in a row, from the beginning again after the end; what would go over the end is shortened."""
         steps = lengths.astype(np.int64) + self.job.mode.modifier
         position = self._sequential[direction]

@@ -1,18 +1,20 @@
 """The queues a job does its I/O on: an NVMe queue pair, or none at all (``ioengine=null``).
 
 Slots are numbers below the queue's depth; slot s has ``stride`` bytes of ``buffer`` from ``s * stride`` on. Trims are
-Write Zeroes with the deallocate bit (NVM Command Set 1.0c 3.2.8), which needs no list of ranges in memory. An I/O is one
-command: blocks longer than the controller's longest transfer are refused by whoever makes the queue.
+Write Zeroes with the deallocate bit (NVM Command Set 1.0c 3.2.8), which needs no list of ranges in memory. An I/O is
+one command: blocks longer than the controller's longest transfer are refused by whoever makes the queue.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pvfio.abi import lib
+from pvfio.errors import DeviceFailed
 from pvfio.workloads.fio.job import READ, TRIM, WRITE
 
 if TYPE_CHECKING:
@@ -95,7 +97,14 @@ class NvmeQueue:
     """
 
     def __init__(
-        self, pair: QueuePair, nsid: int, block_size: int, buffer: DmaBuffer, stride: int, *, timeout: float = 30.0
+        self,
+        pair: QueuePair,
+        nsid: int,
+        block_size: int,
+        buffer: DmaBuffer,
+        stride: int,
+        *,
+        timeout: float = 30.0,
     ) -> None:
         self.buffer = np.asarray(buffer)
         self.stride = stride
@@ -121,7 +130,11 @@ class NvmeQueue:
                 self._submit(direction, ios.offset[chosen], ios.length[chosen], slots[chosen])
 
     def _submit(
-        self, direction: int, offsets: NDArray[np.uint64], lengths: NDArray[np.uint64], slots: NDArray[np.intp]
+        self,
+        direction: int,
+        offsets: NDArray[np.uint64],
+        lengths: NDArray[np.uint64],
+        slots: NDArray[np.intp],
     ) -> None:
         blocks: Any = int(lengths[0]) >> int(self._shift)
         if len(lengths) > 1 and np.any(lengths != lengths[0]):
@@ -149,6 +162,12 @@ class NvmeQueue:
     async def flush(self) -> None:
         """One Flush command."""
         await self._pair.flush(self._nsid, deadline=self._timeout)
+
+    async def drain(self) -> None:
+        """Until nothing is in flight: commands end, are aborted, or the controller is reset (it has deadlines)."""
+        with contextlib.suppress(DeviceFailed):  # given up: it has no right to do DMA any more
+            while self._pair.outstanding:
+                await self._pair.reap(deadline=self._timeout)
 
     def status_name(self, status: int) -> str:
         """The specification's."""

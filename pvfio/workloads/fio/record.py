@@ -142,7 +142,9 @@ class Recorder:
                     samples.values.append(delta * 1e9 / elapsed / (1024 if name == "bw" else 1))
                     samples.times.append((now - self.begin) // 10**6)
             self._sampled[name] = now
-        self._next_sample = min(self._sampled["bw"] + job.bw_interval, self._sampled["iops"] + job.iops_interval)
+        self._next_sample = min(
+            self._sampled["bw"] + job.bw_interval, self._sampled["iops"] + job.iops_interval
+        )
 
 
 def _averages(
@@ -156,8 +158,8 @@ def _averages(
         if not len(mine):
             continue
         edges = np.flatnonzero(np.diff(bins[mine])) + 1
-        for group in np.split(mine, edges):
-            found.append(((int(bins[group[0]]) + 1) * interval // 10**6, direction, group))
+        groups = np.split(mine, edges)
+        found += [((int(bins[group[0]]) + 1) * interval // 10**6, direction, group) for group in groups]
     return sorted(found, key=lambda row: row[:2])
 
 

@@ -53,7 +53,9 @@ def _latency_line(name: str, latency: Latency) -> str:
     return f"    {name} ({unit}): min={least:>5}, max={most:>5}, avg={mean:5.2f}, stdev={deviation:5.2f}"
 
 
-def _percentile_lines(name: str, counts: NDArray[np.int64], shares: Sequence[float], precision: int) -> Iterator[str]:
+def _percentile_lines(
+    name: str, counts: NDArray[np.int64], shares: Sequence[float], precision: int
+) -> Iterator[str]:
     values = percentiles(counts, shares)
     unit, divisor = "nsec", 1
     if min(values) > 2_000_000 and max(values) > 99_999_999:
@@ -74,11 +76,11 @@ def _percentile_lines(name: str, counts: NDArray[np.int64], shares: Sequence[flo
         yield f"     |{','.join(cells[start:end])}{',' if end < len(cells) else ''}"
 
 
-def _sample_lines(stats: DirectionStats, total: float) -> Iterator[str]:
+def _sample_lines(stats: DirectionStats) -> Iterator[str]:
     bw, iops = stats.bw, stats.iops
     if bw.values:
         divisor, unit = (1, "KiB") if bw.mean <= 999_999 else (1024, "MiB")
-        share = min(100.0, 100 * bw.mean / (total / 1024)) if total else 100.0
+        share = min(100.0, 100 * bw.mean * 1024 / stats.bytes_per_second)
         yield (
             f"   bw ({unit:>5}/s): min={bw.least // divisor:5d}, max={bw.most // divisor:5d}, per={share:3.2f}%, "
             f"avg={bw.mean / divisor:5.2f}, stdev={bw.deviation / divisor:5.2f}, samples={len(bw.values)}"
@@ -93,7 +95,7 @@ def _iops_line(iops: Samples) -> str:
     )
 
 
-def _direction_lines(job: Job, name: str, stats: DirectionStats, total: float) -> Iterator[str]:
+def _direction_lines(job: Job, name: str, stats: DirectionStats) -> Iterator[str]:
     rate = stats.bytes_per_second
     yield (
         f"  {name}: IOPS={number_text(stats.ios_per_second)}, BW={rate_text(rate)} "
@@ -111,7 +113,7 @@ def _direction_lines(job: Job, name: str, stats: DirectionStats, total: float) -
     for shown, label, latency in wanted:
         if shown and latency.count:
             yield from _percentile_lines(label, latency.buckets, job.percentiles, job.precision)
-    yield from _sample_lines(stats, total)
+    yield from _sample_lines(stats)
 
 
 def _coarse_lines(stats: JobStats) -> Iterator[str]:
@@ -136,7 +138,9 @@ def _percent(count: int, total: int) -> float:
 
 def _depth_line(label: str, names: Sequence[str], counts: NDArray[np.int64]) -> str:
     total = int(counts.sum())
-    cells = (f"{name}={_share(count, total):3.1f}%" for name, count in zip(names, counts.tolist(), strict=True))
+    cells = (
+        f"{name}={_share(count, total):3.1f}%" for name, count in zip(names, counts.tolist(), strict=True)
+    )
     return f"{label}: {', '.join(cells)}"
 
 
@@ -152,12 +156,14 @@ def job_lines(result: Result, *, when: float | None = None) -> Iterator[str]:
     yield f"{stats.name}: (groupid={stats.group}, jobs={stats.jobs}): err={error}: pid={os.getpid()}: {moment}"
     if job.description:
         yield f"  Description  : [{job.description}]"
-    shown = [("mixed", stats.mixed)] if stats.mixed is not None else list(zip(DIRECTIONS, stats.directions, strict=True))
-    total = sum(direction.bytes_per_second for _, direction in shown if direction is not None)
+    shown = (
+        [("mixed", stats.mixed)]
+        if stats.mixed is not None
+        else [*zip(DIRECTIONS, stats.directions, strict=True)]
+    )
     for name, direction in shown:
-        if direction is not None and direction.ios:
-            share = direction.bytes_per_second if name != "mixed" else total
-            yield from _direction_lines(job, name, direction, share)
+        if direction.ios:
+            yield from _direction_lines(job, name, direction)
     if stats.flushes.count:
         yield "  fsync/fdatasync/sync_file_range:"
         yield _latency_line("sync", stats.flushes)

@@ -53,9 +53,9 @@ def _samples(name: str, samples: Samples, agg: float | None = None) -> dict[str,
     return found
 
 
-def _direction(stats: DirectionStats, job: Job, total: float, bins: bool) -> dict[str, Any]:
+def _direction(stats: DirectionStats, job: Job, bins: bool) -> dict[str, Any]:
     rate = stats.bytes_per_second
-    share = min(100.0, 100 * stats.bw.mean / (total / 1024)) if total and stats.bw.values else 0.0
+    share = min(100.0, 100 * stats.bw.mean * 1024 / rate) if rate and stats.bw.values else 0.0
     return {
         "io_bytes": stats.nbytes,
         "io_kbytes": stats.nbytes >> 10,
@@ -95,10 +95,10 @@ def _job(result: Result, elapsed: float, bins: bool) -> dict[str, Any]:
     if job.description:
         found["desc"] = job.description
     if stats.mixed is not None:
-        found["mixed"] = _direction(stats.mixed, job, stats.mixed.bytes_per_second, bins)
+        found["mixed"] = _direction(stats.mixed, job, bins)
     else:
         for name, direction in zip(DIRECTIONS, stats.directions, strict=True):
-            found[name] = _direction(direction, job, direction.bytes_per_second, bins)
+            found[name] = _direction(direction, job, bins)
     flushes = _latency(stats.flushes, job, job.clat_percentiles, bins)
     found["sync"] = {"total_ios": stats.flushes.count, "lat_ns": flushes}
     return found | _rest(job, stats)
@@ -132,7 +132,9 @@ def _rest(job: Job, stats: JobStats) -> dict[str, Any]:
     return found
 
 
-def document(results: Sequence[Result], *, began: float, elapsed: float, bins: bool = False) -> dict[str, Any]:
+def document(
+    results: Sequence[Result], *, began: float, elapsed: float, bins: bool = False
+) -> dict[str, Any]:
     """The report of a run that began at ``began`` (seconds since the epoch) and took ``elapsed`` seconds."""
     ended = began + elapsed
     options = [dict(job.inherited) for job, _ in results]

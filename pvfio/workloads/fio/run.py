@@ -32,7 +32,7 @@ class Finished:
 
 @dataclass
 class Run:
-    """All jobs of a run. ``engines`` are those at work now; ``finished`` those that ended, in order of their threads."""
+    """All jobs of a run. ``engines`` are those at work now; ``finished`` those that ended, by thread."""
 
     clones: Sequence[Clone]
     make_queue: QueueMaker

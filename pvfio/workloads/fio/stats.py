@@ -21,7 +21,7 @@ __all__ = ["LATENCY_EDGES", "DirectionStats", "JobStats", "Latency", "Samples", 
 
 _NS: Final = (2, 4, 10, 20, 50, 100, 250, 500, 750, 1000)
 LATENCY_EDGES: Final[NDArray[np.int64]] = np.array(
-    [n for n in _NS] + [n * 1000 for n in _NS] + [n * 1000_000 for n in _NS] + [2 * 10**9], dtype=np.int64
+    list(_NS) + [n * 1000 for n in _NS] + [n * 1000_000 for n in _NS] + [2 * 10**9], dtype=np.int64
 )
 """Where the coarse latency table's columns end: ten of nanoseconds, ten of microseconds, twelve of milliseconds."""
 _DEPTHS: Final = 7
@@ -180,10 +180,14 @@ class JobStats:
     group: int = 0
     jobs: int = 1
     runtime: int = 0
-    directions: tuple[DirectionStats, ...] = field(default_factory=lambda: tuple(DirectionStats() for _ in DIRECTIONS))
+    directions: tuple[DirectionStats, ...] = field(
+        default_factory=lambda: tuple(DirectionStats() for _ in DIRECTIONS)
+    )
     mixed: DirectionStats | None = None
     flushes: Latency = field(default_factory=Latency)
-    coarse: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES) + 1, dtype=np.int64))
+    coarse: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(len(LATENCY_EDGES) + 1, dtype=np.int64)
+    )
     depths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_DEPTHS, dtype=np.int64))
     submits: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_DEPTHS, dtype=np.int64))
     completes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_DEPTHS, dtype=np.int64))

@@ -90,7 +90,11 @@ def parse_size(text: str, *, kb_base: int = 1024) -> int:
     base = 1024 if kb_base == 1024 or binary else 1000
     factor = base ** (_LETTERS.index(letter.lower()) + 1) if letter else 1
     exact = number.isdecimal() or number[:2].lower() == "0x"
-    value = int(number, 16 if number[:2].lower() == "0x" else 10) * factor if exact else int(evaluate(number) * factor)
+    value = (
+        int(number, 16 if number[:2].lower() == "0x" else 10) * factor
+        if exact
+        else int(evaluate(number) * factor)
+    )
     if not 0 <= value < _MOST:
         raise ValueError(f"{text!r} is not a size of 64 bits")
     return value

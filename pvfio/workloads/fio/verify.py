@@ -1,8 +1,8 @@
 """Verification: headers and checksums in what is written, and checking what is read against them.
 
 A block (``verify_interval`` bytes, or one whole I/O) begins with fio's header: magic, checksum's number, length, seed,
-offset, time, thread and running number, and the CRC-32C of those; a digest of the rest of the block follows. What one of
-pvfio and fio wrote with crc32c, md5, sha3-* or meta, the other verifies. ``pattern`` has no header. Blocks are
+offset, time, thread and running number, and the CRC-32C of those; a digest of the rest of the block follows. What one
+of pvfio and fio wrote with crc32c, md5, sha3-* or meta, the other verifies. ``pattern`` has no header. Blocks are
 handled as vectors; hashes other than CRC-32C cost a call of hashlib each.
 
 ``Written`` remembers what a job wrote last, and where, by units of its smallest block. Not modelled:
@@ -140,7 +140,9 @@ class Verifier:
 
     # What is read
 
-    def check(self, starts: _U64, ios: Ios, numbers: NDArray[np.int64] | None = None) -> tuple[int, list[Failure]]:
+    def check(
+        self, starts: _U64, ios: Ios, numbers: NDArray[np.int64] | None = None
+    ) -> tuple[int, list[Failure]]:
         """How many blocks were looked at, and those that are wrong; ``numbers``: those the I/Os were written with."""
         blocks = _pieces(starts, ios, self.job.verify_interval)
         if self._plain:
@@ -212,7 +214,9 @@ def _header_crc(headers: NDArray[Any]) -> NDArray[np.uint32]:
     return ~crc32c_of(raw, starts, lengths)
 
 
-def _different(found: NDArray[np.uint16], numbers: NDArray[np.int64] | None, blocks: _Blocks) -> NDArray[np.intp]:
+def _different(
+    found: NDArray[np.uint16], numbers: NDArray[np.int64] | None, blocks: _Blocks
+) -> NDArray[np.intp]:
     if numbers is None:
         return np.zeros(0, dtype=np.intp)
     return np.flatnonzero(found != (numbers[blocks.owner] & 0xFFFF))
@@ -279,4 +283,6 @@ class Written:
         numbers = np.flatnonzero(~over)
         if ordered:
             numbers = numbers[np.argsort(whole.offset[numbers], kind="stable")]
-        return Ios(whole.direction[numbers], whole.offset[numbers], whole.length[numbers]), numbers.astype(np.int64)
+        return Ios(whole.direction[numbers], whole.offset[numbers], whole.length[numbers]), numbers.astype(
+            np.int64
+        )
