@@ -476,7 +476,7 @@ class TestLifetimes:
                     continue
                 if what == "namespace":
                     assert lib.pv_nvme_set_namespace(rig.nvme, 1, ffi.NULL, ffi.NULL) == 0
-                    wait_for(lambda: len(rig.peek()) == count)
+                    wait_for(lambda rig=rig, count=count: len(rig.peek()) == count)
                     gone = lib.NVME_SC_INVALID_FIELD | DNR
                     assert {status for _, status in rig.reap()} <= {0, gone}
                     continue
