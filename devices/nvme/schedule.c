@@ -100,9 +100,9 @@ static int fetch(struct pv_nvme *nvme, const struct nvme_sq *sq, struct nvme_com
 
 void nvme_end(struct pv_nvme *nvme, uint32_t id, uint16_t cid, uint32_t status, uint64_t result)
 {
-    struct nvme_sq *sq = &nvme->sq[id];
-    if (id >= PV_NVME_QUEUES || !sq->live)
+    if (id >= PV_NVME_QUEUES || !nvme->sq[id].live)
         return;
+    const struct nvme_sq *sq = &nvme->sq[id];
     struct nvme_completion entry = {.result = (uint32_t)result,
                                     .result_hi = (uint32_t)(result >> 32),
                                     .sq_head = (uint16_t)sq->head,

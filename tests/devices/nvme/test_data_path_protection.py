@@ -14,7 +14,12 @@ from tests.devices.nvme.data_path_rig import DATA, DNR, PAGE, Bytes, Rig, comman
 
 pytestmark = pytest.mark.touches_c
 
-READ, WRITE, COMPARE, VERIFY = lib.NVME_CMD_READ, lib.NVME_CMD_WRITE, lib.NVME_CMD_COMPARE, lib.NVME_CMD_VERIFY
+READ, WRITE, COMPARE, VERIFY = (
+    lib.NVME_CMD_READ,
+    lib.NVME_CMD_WRITE,
+    lib.NVME_CMD_COMPARE,
+    lib.NVME_CMD_VERIFY,
+)
 ACT, GUARD, APP, REF = (
     lib.NVME_RW_PRACT,
     lib.NVME_RW_PRCHK_GUARD,
@@ -83,7 +88,12 @@ class Disk(Rig):
         return out
 
     def command(self, opcode: int, control: int = 0, **fields: int) -> Any:
-        fields = {"lba": SEVEN, "blocks": SEVEN, "cdw14": fields.get("lba", SEVEN), "metadata": METADATA} | fields
+        fields = {
+            "lba": SEVEN,
+            "blocks": SEVEN,
+            "cdw14": fields.get("lba", SEVEN),
+            "metadata": METADATA,
+        } | fields
         count = fields["blocks"]
         size = count * (self.size + (self.format.metadata if self.format.extended else 0))
         fields.setdefault("prp2", LISTS if size > 2 * PAGE else DATA + PAGE)
@@ -318,7 +328,11 @@ class TestCopy:
 
     @pytest.mark.parametrize(
         ("byte", "check", "status"),
-        [(0, GUARD, lib.NVME_SC_GUARD_CHECK), (2, APP, lib.NVME_SC_APPTAG_CHECK), (4, REF, lib.NVME_SC_REFTAG_CHECK)],
+        [
+            (0, GUARD, lib.NVME_SC_GUARD_CHECK),
+            (2, APP, lib.NVME_SC_APPTAG_CHECK),
+            (4, REF, lib.NVME_SC_REFTAG_CHECK),
+        ],
     )
     def test_bad_sources(self, byte: int, check: int, status: int) -> None:
         with Disk(FORMATS[0]) as disk:
