@@ -19,8 +19,6 @@ from pvfio.drivers.nvme.queue import Command, CommandQueue
 from pvfio.drivers.nvme.sqe import Sqe
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from pvfio.drivers.nvme.ring import Completions, Ring
     from pvfio.vfio import Container, DmaBuffer
 
@@ -261,10 +259,8 @@ class AdminQueue(CommandQueue):
         self._requests.append(command)
         self._start(command, Sqe(lib.NVME_ADMIN_ASYNC_EVENT))
 
-    def _hand_out(
-        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: list[int]
-    ) -> Completions:
-        others = super()._hand_out(cids, status, results)
+    def _hand_out(self, taken: Completions) -> Completions:
+        others = super()._hand_out(taken)
         for command in [command for command in self._requests if command.done]:
             self._requests.remove(command)
             if not command.status and command.aborted is None:

@@ -16,7 +16,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.nvme.prp import PAGE, PrpLists
-from pvfio.drivers.nvme.queue import COMPLETIONS, CommandQueue, Completion, now
+from pvfio.drivers.nvme.queue import COMPLETIONS, CommandQueue, Completion
 from pvfio.drivers.nvme.ring import NOTHING, Completions, Template
 from pvfio.errors import DeadlineExceeded
 
@@ -90,7 +90,7 @@ class VectorQueue(CommandQueue):
             raise trio.WouldBlock
         if isinstance(blocks, int):
             template, length = self._template(opcode, nsid, blocks, control)
-            cids = self._ring.take(count, now())
+            cids = self._ring.take(count, self._now())
             self._ring.fill(template, cids, lbas, iovas)
             if self._lists is not None and length:
                 self._lists.point(self._ring, cids, iovas, length)
@@ -109,7 +109,7 @@ class VectorQueue(CommandQueue):
         if self._paused or not self._ring.room:
             raise trio.WouldBlock
         template, length = self._template(opcode, nsid, blocks, control)
-        cid = self._ring.take_one(now())
+        cid = self._ring.take_one(self._now())
         self._ring.fill_one(template, cid, lba, iova)
         if self._lists is not None and length > PAGE - iova % PAGE:
             where = np.array([iova], dtype=np.uint64)
@@ -170,7 +170,7 @@ class VectorQueue(CommandQueue):
             raise ValueError("every command has its number of blocks, at least one")
         template, longest = self._template(opcode, nsid, int(sizes.max()), control)
         lengths = sizes * np.uint64(self._controller.transfer_size(nsid) if longest else 0)
-        cids = self._ring.take(len(lbas), now())
+        cids = self._ring.take(len(lbas), self._now())
         self._ring.fill(template, cids, lbas, iovas)
         self._ring.overwrite(6, sizes - np.uint64(1) | np.uint64(control))
         if longest and self._lists is None:
@@ -246,8 +246,8 @@ class VectorQueue(CommandQueue):
     async def _wait_for_some(self, seconds: float) -> None:
         while not self._ready and self._closed is None and self.outstanding:
             since = self._ring.since[self._ring.since > 0]
-            oldest = int(since.min()) if len(since) else now()
-            left = seconds - (now() - oldest) / 1e9
+            oldest = int(since.min()) if len(since) else self._now()
+            left = seconds - (self._now() - oldest) / 1e9
             with trio.move_on_after(max(0.0, left)) as scope:
                 await self._until(self._something)
             if scope.cancelled_caught:
@@ -261,7 +261,7 @@ class VectorQueue(CommandQueue):
     def _overdue(self, seconds: float) -> list[int]:
         """Identifiers of the commands nobody awaits that are in flight for so long."""
         since = self._ring.since
-        late = np.flatnonzero((since > 0) & (since <= now() - int(seconds * 1e9)))
+        late = np.flatnonzero((since > 0) & (since <= self._now() - int(seconds * 1e9)))
         return [cid for cid in late.tolist() if cid not in self._waiters]
 
     # All of an array

@@ -24,12 +24,11 @@ from pvfio.drivers.nvme.sqe import Sqe
 from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
     from pvfio.drivers.nvme.recovery import Controller
     from pvfio.vfio import Irq
 
-__all__ = ["COMPLETIONS", "Command", "CommandQueue", "Completion", "now"]
+__all__ = ["COMPLETIONS", "Command", "CommandQueue", "Completion"]
 
 COMPLETIONS: Final = ("polled", "interrupt", "hybrid")
 _SPIN_NS: Final = 20_000
@@ -41,11 +40,6 @@ _ABORTED: Final[int] = lib.NVME_SC_HOST_ABORTED_CMD
 
 Completion: TypeAlias = Literal["polled", "interrupt", "hybrid"]
 """How a queue learns that commands are complete."""
-
-
-def now() -> int:
-    """trio's time in nanoseconds, never 0."""
-    return int(trio.current_time() * 1e9) + 1
 
 
 class Command:
@@ -84,6 +78,7 @@ class CommandQueue:
         self._waiters: dict[int, Command] = {}
         self._ready: list[Completions] = []  # seen while looking for somebody else's
         self._listener: trio.CancelScope | None = None  # of the task that waits for the interrupt, for all
+        self._clock = trio.lowlevel.current_clock().current_time
         self._lot = trio.lowlevel.ParkingLot()
         self._turn = trio.Lock()  # who may wait for room
         self._closed: str | None = "not there yet"
@@ -107,6 +102,10 @@ class CommandQueue:
         """How completion is learned of. Without an interrupt it is polled, whatever this says."""
         return self._completion
 
+    def _now(self) -> int:
+        """trio's time in nanoseconds, never 0."""
+        return int(self._clock() * 1e9) + 1
+
     # One command
 
     def _check(self) -> None:
@@ -119,7 +118,7 @@ class CommandQueue:
         self._ring.ring()
 
     def _put(self, command: Command, sqe: Sqe) -> None:
-        cid = int(self._ring.take(1, now())[0])
+        cid = int(self._ring.take(1, self._now())[0])
         try:
             packed = sqe.pack(cid)
         except BaseException:
@@ -224,14 +223,10 @@ class CommandQueue:
             raise
         if taken is None:
             return None
-        cids, status = taken
-        if not self._waiters:
-            return Completions(cids, status, int(np.count_nonzero(status)))
-        return self._hand_out(cids, status, self._ring.results(len(cids)))
+        return self._hand_out(taken) if self._waiters else taken
 
-    def _hand_out(
-        self, cids: NDArray[np.intp], status: NDArray[np.uint16], results: list[int]
-    ) -> Completions:
+    def _hand_out(self, taken: Completions) -> Completions:
+        cids, status, results = taken.cids, taken.status, self._ring.results(len(taken))
         others = []
         for index, cid in enumerate(cids.tolist()):
             command = self._waiters.pop(cid, None)
@@ -240,10 +235,11 @@ class CommandQueue:
                 continue
             command.status, command.result = int(status[index]), results[index]
             command.done = True
-        if len(others) < len(cids):
-            cids, status = cids[others], status[others]
-            self._lot.unpark_all()
-        return Completions(cids, status, int(np.count_nonzero(status)))
+        if len(others) == len(cids):
+            return taken
+        self._lot.unpark_all()
+        status = status[others]
+        return Completions(cids[others], status, int(np.count_nonzero(status)))
 
     def _look(self, wait_ns: int = 0) -> bool:
         """Takes everything that is complete; whether there was anything."""

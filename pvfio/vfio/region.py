@@ -68,8 +68,9 @@ class Region(ABC):
         if mmio is None:
             self.write_nowait(offset, value, size)
             return
-        if self.closed_areas:
-            self._check_open("doorbell", offset, size)
+        for start, length in self.closed_areas:
+            if offset < start + length and start < offset + size:
+                self._check_open("doorbell", offset, size)
         try:
             rc = lib.pv_mmio_store(mmio, offset, size, value)
         except OverflowError:  # not a number of 64 bits

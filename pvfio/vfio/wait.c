@@ -6,6 +6,7 @@
 #include <time.h>
 
 #define SPIN_NS 5000
+#define RUN_SPIN_NS 50000 /* who polls a ring has nothing else to do; the shortest sleep takes longer than most commands */
 #define FIRST_SLEEP_NS 10000
 #define LONGEST_SLEEP_NS 1000000
 
@@ -28,6 +29,7 @@ static uint64_t now_ns(void)
 struct pace {
     uint64_t start;
     uint64_t timeout;
+    uint64_t spin;
     uint64_t sleep;
 };
 
@@ -42,7 +44,7 @@ static bool pace_step(struct pace *pace)
     uint64_t elapsed = now - pace->start;
     if (elapsed >= pace->timeout)
         return false;
-    if (elapsed < SPIN_NS) {
+    if (elapsed < pace->spin) {
         for (int i = 0; i < 8; i++)
             cpu_relax();
         return true;
@@ -76,7 +78,7 @@ int pv_wait_word(const void *addr, uint32_t size, uint64_t mask, uint64_t wanted
 {
     if ((size != 1 && size != 2 && size != 4 && size != 8) || (uintptr_t)addr % size)
         return -EINVAL;
-    struct pace pace = {.timeout = timeout_ns};
+    struct pace pace = {.timeout = timeout_ns, .spin = SPIN_NS};
     do {
         *value = load(addr, size);
         if (((*value & mask) == wanted) != (differ != 0))
@@ -87,7 +89,7 @@ int pv_wait_word(const void *addr, uint32_t size, uint64_t mask, uint64_t wanted
 
 uint64_t pv_wait_bytes(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint64_t timeout_ns)
 {
-    struct pace pace = {.timeout = timeout_ns};
+    struct pace pace = {.timeout = timeout_ns, .spin = SPIN_NS};
     const uint8_t *byte = first;
     uint64_t done = 0; /* all before this one are set */
     do {
@@ -105,7 +107,7 @@ uint64_t pv_wait_bytes(const void *first, int64_t stride, uint64_t n, uint8_t ma
 uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint8_t wanted, uint64_t least,
                      uint64_t timeout_ns)
 {
-    struct pace pace = {.timeout = timeout_ns};
+    struct pace pace = {.timeout = timeout_ns, .spin = RUN_SPIN_NS};
     const uint8_t *byte = first;
     uint64_t done = 0;
     do {
