@@ -20,7 +20,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from pvfio.abi import ffi, lib
+from pvfio.abi import lib
 from pvfio.devices.nvme import NamespaceSpec
 from pvfio.drivers.nvme import NvmeDriver
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
@@ -67,15 +67,10 @@ async def opened(image: str, options: Options) -> AsyncIterator[NvmeDriver]:
     config = MachineConfig(engine=options.engine, ram=64 << 20, devices=devices)
     async with Machine(config) as machine, machine.open("nvme0") as device:
         if options.lies:
-            _forget_flushes(machine.devices["nvme0"].function)
+            function: Any = machine.devices["nvme0"].function
+            function.inject("status", opcode=lib.NVME_CMD_FLUSH, queue=1, times=None, status=0)
         async with NvmeDriver(device) as nvme:
             yield nvme
-
-
-def _forget_flushes(function: Any) -> None:
-    rule = ffi.new("struct pv_nvme_rule *", {"sq": 1, "action": lib.PV_NVME_INJECT_STATUS, "per_mille": 1000})
-    rule.match[0], rule.mask[0] = lib.NVME_CMD_FLUSH, 0xFF  # the opcode; the status is success
-    assert lib.pv_nvme_inject(function._nvme, rule) >= 0
 
 
 async def work(image: str, options: Options) -> None:
