@@ -1,6 +1,7 @@
 """Asynchronous events (NVMe Base 2.0c 5.2): requests that wait, and events that wait for a request.
 
-An event of a type is not sent again before its log page was read (``clear``). Not modelled: vendor events.
+A type that was sent is masked until the log page of its event was read (``clear``): what else that page tells needs no
+event, what another one tells waits. Not modelled: vendor events.
 """
 
 from __future__ import annotations
@@ -32,24 +33,27 @@ class AsyncEvents:
         self.enabled = 0
         self._requests: deque[Command] = deque()
         self._waiting: deque[tuple[int, int, int]] = deque()
-        self._masked: set[tuple[int, int]] = set()
+        self._masked: dict[int, int] = {}
 
     def handlers(self) -> dict[int, Handler]:
         """Opcodes of this module."""
         return {lib.NVME_ADMIN_ASYNC_EVENT: self._request}
 
     def post(self, kind: int, information: int, log: int) -> None:
-        """An event: sent now, or with the next request. One that waits already, or is masked, is not repeated."""
+        """An event: sent now, or with the next request. One that waits already, or is about to be read, is not
+        repeated.
+        """
         event = (kind, information, log)
-        if (kind, log) in self._masked or event in self._waiting:
+        if self._masked.get(kind) == log or event in self._waiting:
             return
         self._waiting.append(event)
         self._send()
 
     def clear(self, log: int) -> None:
         """A log page was read without Retain Asynchronous Event: its events may be sent again."""
-        self._masked = {(kind, page) for kind, page in self._masked if page != log}
+        self._masked = {kind: page for kind, page in self._masked.items() if page != log}
         self._waiting = deque(event for event in self._waiting if event[2] != log)
+        self._send()
 
     def abort(self, cid: int) -> bool:
         """Ends a request that waits, with Abort Requested; whether there was one."""
@@ -68,8 +72,11 @@ class AsyncEvents:
         return LATER
 
     def _send(self) -> None:
-        while self._requests and self._waiting:
-            kind, information, log = self._waiting.popleft()
-            self._masked.add((kind, log))
+        for event in list(self._waiting):
+            kind, information, log = event
+            if kind in self._masked or not self._requests:
+                continue
+            self._waiting.remove(event)
+            self._masked[kind] = log
             result = kind | information << lib.NVME_AER_INFO_SHIFT | log << lib.NVME_AER_LOG_SHIFT
             self._admin.complete(self._requests.popleft(), 0, result)

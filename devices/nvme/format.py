@@ -64,6 +64,8 @@ class Format:
 
     def _check(self, namespace: Namespace, index: int, protection: int) -> None:
         check_format(index, protection, namespace.formats)
+        if not namespace.size >> namespace.formats[index][0]:
+            raise AdminError(lib.NVME_SC_INVALID_FORMAT, _BYTE_CDW10)
         if namespace.write_protected:
             raise AdminError(lib.NVME_SC_NS_WRITE_PROTECTED, _BYTE_NSID)
         if namespace.formatting:
@@ -73,7 +75,7 @@ class Format:
         try:
             for namespace in namespaces:
                 await self._one(command.cdw10, namespace)
-        except OSError:
+        except (OSError, MemoryError):
             self._admin.fail(command, AdminError(lib.NVME_SC_INTERNAL, dnr=False))
         else:
             self._admin.complete(command)

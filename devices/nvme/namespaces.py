@@ -146,17 +146,16 @@ class Namespaces:
         )
         self.by_nsid[nsid] = made
         try:
-            self._give(made)
+            self._give(made, spec)
         except MemoryError:
             del self.by_nsid[nsid]
             raise
         return made
 
-    def _give(self, namespace: Namespace) -> None:
-        """To the data path, in its format; what metadata there was is gone."""
-        spec = namespace.spec
+    def _give(self, namespace: Namespace, spec: NamespaceSpec) -> None:
+        """To the data path, in this format; what metadata there was is gone. ``MemoryError`` changes nothing."""
         values = {
-            "blocks": namespace.blocks,
+            "blocks": namespace.size >> spec.lba_shift,
             "lba_shift": spec.lba_shift,
             "metadata": spec.metadata,
             "extended": spec.extended,
@@ -167,6 +166,7 @@ class Namespaces:
         made = ffi.new("struct pv_nvme_format *", values)
         if lib.pv_nvme_set_namespace(self._nvme, namespace.nsid, namespace.backing, made):
             raise MemoryError(f"no room for namespace {namespace.nsid}")
+        namespace.spec = spec
         self.refresh(namespace.nsid)
         lib.pv_nvme_write_protect(self._nvme, namespace.nsid, namespace.protection_state)
 
@@ -200,10 +200,13 @@ class Namespaces:
         )
 
     def reformat(self, nsid: int, **changes: Any) -> None:
-        """Another format; what the blocks hold is the caller's business. ``ValueError`` for what cannot be."""
+        """Another format, which leaves out what is no whole block; what the blocks hold is the caller's business.
+
+        Raises ``ValueError`` for what cannot be and ``MemoryError``, and has changed nothing then.
+        """
         found = self.by_nsid[nsid]
-        found.spec = replace(found.spec, **changes)
-        self._give(found)
+        shift = changes.get("lba_shift", found.spec.lba_shift)
+        self._give(found, replace(found.spec, size=found.spec.size >> shift << shift, **changes))
 
     async def sync(self, nsid: int | None = None) -> bool:
         """Makes everything, or one namespace, durable, without blocking other tasks; whether it is.

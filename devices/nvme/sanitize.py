@@ -150,7 +150,7 @@ class Sanitize:
             for namespace in list(self._namespaces.by_nsid.values()):
                 await self._one(namespace)
             done = lib.NVME_SSTAT_OK
-        except OSError:
+        except (OSError, MemoryError):
             done = lib.NVME_SSTAT_FAILED
         self._progress = 0xFFFF
         self._writes_then = self._writes()
