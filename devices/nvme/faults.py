@@ -28,7 +28,7 @@ _ACTIONS: Final[dict[str, int]] = {
     "vanish": lib.PV_NVME_INJECT_VANISH,
 }
 _BITS: Final = {name: 8 * ffi.sizeof(field.type) for name, field in ffi.typeof("struct nvme_command").fields}
-_STATUS: Final[int] = lib.NVME_SC_MASK | lib.NVME_STATUS_MORE | lib.NVME_STATUS_DNR
+_STATUS: Final[int] = lib.NVME_SC_MASK | lib.NVME_STATUS_DNR
 
 
 class Injection:
@@ -73,9 +73,9 @@ class FaultHooks:
         ``match``: fields of ``struct nvme_command``, each a value, or a value and the mask of the bits that count;
         ``opcode``, ``nsid`` and ``lba`` (the first one) are short for some. ``queue``: a submission queue, 0 the admin
         queue; ``None``: any. ``skip`` matches pass first, then ``times`` are acted on (``None``: all), each with
-        ``probability``, decided by the device's seed. ``status``: SCT and SC, with NVME_STATUS_DNR if it shall be set.
-        ``delay``: seconds. Rules stay over resets. Raises ``ValueError`` for a rule that cannot be, ``BlockingIOError``
-        when there are 32.
+        ``probability``, decided by the device's seed. ``status``: SCT and SC, with NVME_STATUS_DNR if it shall be set;
+        0 is success of what was not done. ``delay``: seconds. Rules stay over resets. Raises ``ValueError`` for a rule
+        that cannot be, ``BlockingIOError`` when there are 32.
         """
         short = {"opcode": opcode, "nsid": nsid}
         fields = dict(match or {}) | {name: value for name, value in short.items() if value is not None}
@@ -84,7 +84,7 @@ class FaultHooks:
         if fault not in _ACTIONS:
             raise ValueError(f"a fault is one of {', '.join(_ACTIONS)}, not {fault!r}")
         numbers = skip >= 0 and (times is None or times > 0) and 0 <= probability <= 1 and delay >= 0
-        if not numbers or status & ~_STATUS or (fault == "status") != (status != 0):
+        if not numbers or status & ~_STATUS or (status and fault != "status"):
             raise ValueError(f"{fault}: skip {skip}, times {times}, {probability}, {status:#x}, {delay} s")
         rule = ffi.new("struct pv_nvme_rule *")
         rule.sq = -1 if queue is None else queue
