@@ -14,6 +14,7 @@
 #define NVME_MAX_TRANSFER (2u << 20)  /* MDTS 9 */
 #define NVME_MAX_SEGMENTS 514         /* of a transfer: a page each, and a first one that is cut */
 #define NVME_BOUNCE (128u << 10)
+#define NVME_PREFETCH 1024u           /* bytes of the next command's; the processor itself follows a copy that runs */
 #define NVME_MAX_WAITING 8192         /* commands in flight outside their queues */
 #define NVME_LATER 0x10000u           /* not a status: the command completes later */
 #define NVME_ENDED 0x20000u           /* beside a status: a rule ended the command, and it may be success */
@@ -211,6 +212,8 @@ void nvme_corrupt(struct pv_nvme *nvme, const struct nvme_request *request);
 
 /* io.c: a status, or NVME_LATER. */
 uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request);
+/* A command that comes next: what it reads may as well come nearer meanwhile. */
+void nvme_io_prefetch(const struct pv_nvme *nvme, const struct nvme_command *cmd);
 
 /* backing.c */
 struct pv_nvme_backing {

@@ -216,6 +216,8 @@ static int run_io(struct pv_nvme *nvme, struct burst *b)
             i += run_fused(nvme, b, i);
             continue;
         }
+        if (i + 1 < b->count)
+            nvme_io_prefetch(nvme, &b->cmd[i + 1]);
         run_one(nvme, b, i++, 0);
         if (pv_engine_pausing(nvme->engine))
             break;

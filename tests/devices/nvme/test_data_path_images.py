@@ -20,7 +20,7 @@ pytestmark = pytest.mark.touches_c
 
 READ, WRITE, FLUSH = lib.NVME_CMD_READ, lib.NVME_CMD_WRITE, lib.NVME_CMD_FLUSH
 BLOCKS = 256
-ROUNDS = int(os.environ.get("PVFIO_POWER_LOSS_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("PVFIO_POWER_LOSSES", "10"))
 
 
 @pytest.fixture

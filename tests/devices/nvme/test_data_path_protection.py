@@ -141,7 +141,7 @@ def test_metadata_without_protection(format: Format) -> None:
         assert (got[0] == data).all()
         assert (got[1] == metadata).all()
         assert disk.run(disk.command(COMPARE)) == 0
-        disk.to_memory(data, metadata ^ 1)
+        disk.to_memory(data, metadata ^ np.uint8(1))
         assert disk.run(disk.command(COMPARE)) == lib.NVME_SC_COMPARE_FAILED | DNR
 
 
@@ -153,7 +153,7 @@ def test_the_host_makes_it(format: Format) -> None:
         metadata = disk.tuples(data, metadata)
         disk.to_memory(data, metadata)
         assert disk.run(disk.command(WRITE, CHECK)) == 0
-        disk.to_memory(data * 0, metadata * 0)
+        disk.to_memory(np.zeros_like(data), np.zeros_like(metadata))
         for control in (0, GUARD, APP, REF, CHECK):
             assert disk.run(disk.command(VERIFY, control)) == 0
             assert disk.run(disk.command(READ, control)) == 0
@@ -171,7 +171,7 @@ def test_the_device_makes_it(format: Format) -> None:
         hidden = format.metadata == 8
         disk.to_memory(data, None if hidden else metadata)
         assert disk.run(disk.command(WRITE, ACT)) == 0
-        disk.to_memory(data * 0, None if hidden else metadata * 0)
+        disk.to_memory(np.zeros_like(data), None if hidden else np.zeros_like(metadata))
         disk.at(METADATA, PAGE)[:] = 0
         disk.put(LISTS, np.arange(DATA + PAGE, DATA + 17 * PAGE, PAGE, dtype=np.uint64))
         assert disk.run(disk.command(READ, ACT | CHECK)) == 0
@@ -218,7 +218,7 @@ def test_data_that_changed_on_the_media() -> None:
         disk.to_memory(data, disk.tuples(data, metadata))
         assert disk.run(disk.command(WRITE, CHECK)) == 0
         at = (SEVEN + 2) * 512 + 100
-        disk.set_media(disk.backing, at, disk.media(disk.backing, at, 1) ^ 1)
+        disk.set_media(disk.backing, at, disk.media(disk.backing, at, 1) ^ np.uint8(1))
         assert disk.run(disk.command(READ)) == 0
         assert disk.run(disk.command(READ, GUARD)) == lib.NVME_SC_GUARD_CHECK
         assert disk.run(disk.command(READ, APP | REF)) == 0

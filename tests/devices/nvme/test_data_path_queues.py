@@ -34,6 +34,11 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     raise AssertionError("nothing happened")
 
 
+def completions(rig: Rig, count: int, queue: int = 1) -> None:
+    """Waits until so many are there."""
+    wait_for(lambda: len(rig.peek(queue)) == count)
+
+
 def reads(count: int) -> list[Any]:
     return [command(READ, lba=n % 16) for n in range(count)]
 
@@ -64,7 +69,9 @@ class TestCompletions:
         """Both go on after the queue they share was full, whatever the other one's doorbells say meanwhile."""
         with Rig() as rig:
             rig.memory_namespace()
-            rig.tail.append(0), rig.head.append(0), rig.cids.append(1000)
+            rig.tail += [0]
+            rig.head += [0]
+            rig.cids += [1000]
             rig.create(2, cq=1)
             rig.submit(*reads(63))
             rig.submit(*reads(10), queue=2)
@@ -222,7 +229,7 @@ class TestShadowDoorbells:
                 if (rig.tail[1] - index - 1) % 65536 < (rig.tail[1] - old) % 65536 or rig.tail[1] < old:
                     rung += 1
                     rig.doorbell(2, 0 if poll else rig.tail[1])
-                wait_for(lambda count=batch: len(rig.peek()) == count)
+                completions(rig, batch)
                 found = rig.peek()
                 assert [int(entry["cid"]) for entry in found] == cids
                 rig.head[1] = (rig.head[1] + len(found)) % (2 * ENTRIES)
@@ -309,6 +316,10 @@ class TestCoalescing:
             made.memory_namespace()
             yield made
 
+    def rang(self, rig: Rig) -> bool:
+        rig.engine.kick()
+        return rig.interrupts() == 1
+
     def test_off(self, rig: Rig) -> None:
         rig.run(command(READ))
         rig.run(command(READ))
@@ -325,7 +336,7 @@ class TestCoalescing:
         lib.pv_nvme_set_coalescing(rig.nvme, 200, 1)
         rig.run(command(READ))
         assert lib.pv_nvme_due(rig.nvme)
-        wait_for(lambda: rig.engine.kick() or rig.interrupts() == 1)
+        wait_for(lambda: self.rang(rig))
         assert not lib.pv_nvme_due(rig.nvme)
 
     @pytest.mark.parametrize("change", [(0, 0), (0, 5), (9, 0), (9, 255)])
@@ -476,7 +487,7 @@ class TestLifetimes:
                     continue
                 if what == "namespace":
                     assert lib.pv_nvme_set_namespace(rig.nvme, 1, ffi.NULL, ffi.NULL) == 0
-                    wait_for(lambda rig=rig, count=count: len(rig.peek()) == count)
+                    completions(rig, count)
                     gone = lib.NVME_SC_INVALID_FIELD | DNR
                     assert {status for _, status in rig.reap()} <= {0, gone}
                     continue
