@@ -144,7 +144,7 @@ class CommandQueue:
         and when cancelled, the controller does not touch any more what the command named.
         """
         self._check()
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         seconds = self._controller.deadline if deadline is None else deadline
         command = Command(operation)
         if privileged:
@@ -260,14 +260,17 @@ class CommandQueue:
         if polled:
             await self._until_polled(wanted)
             return
+        waited = False
         while not wanted():
             if self._look() or (self._completion == "hybrid" and not self._paused and self._look(_SPIN_NS)):
                 continue
+            waited = True
             if self._listener is not None:
                 await self._lot.park()
             else:
                 await self._listen()
-        await trio.lowlevel.checkpoint()
+        if not waited:
+            await trio.lowlevel.checkpoint()
 
     async def _listen(self) -> None:
         """Waits for the interrupt, on behalf of every task that waits for a command of this queue."""

@@ -73,15 +73,21 @@ class Irq(ABC):
         enabled, trio.ClosedResourceError when it is disabled meanwhile. Cancelled: no interrupt is lost.
         """
         fd = self.fd(vector)
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
         with trio.move_on_after(deadline):
             while True:
                 if self._fds[vector : vector + 1] != [fd]:
                     raise trio.ClosedResourceError(f"interrupts of {self.device} were disabled")
                 try:
-                    return os.eventfd_read(fd)
+                    count = os.eventfd_read(fd)
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(fd)
+                    waited = True
+                    continue
+                if not waited:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                return count
         raise DeadlineExceeded(f"wait for interrupt {self.index}.{vector}", deadline, device=self.device)
 
     def wait_nowait(self, vector: int = 0) -> int:
