@@ -7,22 +7,40 @@ management, reservations.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import update_wrapper
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self
 
 import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.nvme.management import Management
+from pvfio.drivers.nvme.operations import QueuePair
 from pvfio.drivers.nvme.queue import COMPLETIONS, Completion
 from pvfio.errors import DeviceFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pvfio.vfio import Device, DmaBuffer
+    from pvfio.vfio import Device
 
 __all__ = ["NvmeDriver"]
+
+
+P = ParamSpec("P")
+
+
+def _on_first(
+    method: Callable[Concatenate[QueuePair, P], Awaitable[None]],
+) -> Callable[Concatenate[NvmeDriver, P], Awaitable[None]]:
+    """A command of a queue as one of the driver."""
+
+    async def run(self: NvmeDriver, *arguments: P.args, **options: P.kwargs) -> None:
+        await method(self.queues[0], *arguments, **options)
+
+    update_wrapper(run, method)
+    return run
 
 
 class NvmeDriver(Management):
@@ -81,18 +99,17 @@ class NvmeDriver(Management):
             await self._stop()
         await trio.lowlevel.checkpoint_if_cancelled()
 
-    # On the first queue
+    # On the first I/O queue, as ``QueuePair`` describes them.
 
-    async def read(self, nsid: int, lba: int, buffer: DmaBuffer, *, deadline: float | None = None) -> None:
-        """``QueuePair.read`` on the first I/O queue."""
-        await self.queues[0].read(nsid, lba, buffer, deadline=deadline)
-
-    async def write(
-        self, nsid: int, lba: int, buffer: DmaBuffer, *, fua: bool = False, deadline: float | None = None
-    ) -> None:
-        """``QueuePair.write`` on the first I/O queue."""
-        await self.queues[0].write(nsid, lba, buffer, fua=fua, deadline=deadline)
-
-    async def flush(self, nsid: int | None = None, *, deadline: float | None = None) -> None:
-        """``QueuePair.flush`` on the first I/O queue."""
-        await self.queues[0].flush(nsid, deadline=deadline)
+    read = _on_first(QueuePair.read)
+    write = _on_first(QueuePair.write)
+    readv = _on_first(QueuePair.readv)
+    writev = _on_first(QueuePair.writev)
+    flush = _on_first(QueuePair.flush)
+    compare = _on_first(QueuePair.compare)
+    compare_and_write = _on_first(QueuePair.compare_and_write)
+    write_zeroes = _on_first(QueuePair.write_zeroes)
+    write_uncorrectable = _on_first(QueuePair.write_uncorrectable)
+    verify = _on_first(QueuePair.verify)
+    copy = _on_first(QueuePair.copy)
+    deallocate = _on_first(QueuePair.deallocate)

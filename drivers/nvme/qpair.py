@@ -210,7 +210,8 @@ class VectorQueue(CommandQueue):
         """What completed of that which ``submit`` and ``submit_nowait`` submitted, in order, at most ``most``.
 
         Blocks the thread for up to ``wait_ns`` while there are fewer than ``least`` to be had at once; may return
-        fewer than there are. ``DeviceFailed`` for a controller that completes what is not in flight.
+        fewer than there are. Looks neither at deadlines nor at whether the controller is still there: ``reap`` does.
+        ``DeviceFailed`` for a controller that completes what is not in flight.
         """
         if self._ready:
             return self._taken(most)

@@ -24,7 +24,6 @@ from pvfio.drivers.nvme.sqe import Sqe
 from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 
 if TYPE_CHECKING:
-
     from pvfio.drivers.nvme.recovery import Controller
     from pvfio.vfio import Irq
 
