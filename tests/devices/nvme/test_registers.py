@@ -226,6 +226,7 @@ async def test_msix_after_bus_mastering() -> None:
             base = rig.config.msix_offset + 16 * vector
             rig.write(base, 8, 0xFEE00000)
             rig.write(base + 8, 8, vector)
+        levels.clear()
         before = _messages(rig)
         await rig.settle()
         assert _messages(rig) == before + 1
