@@ -2,8 +2,8 @@
 
 4 KiB random reads from memory, submitted and reaped by the array in one thread; the plain loop copies the same random
 blocks of as much memory, in turn with what it is compared with. Then the share of a core that 1,000 reads a second take
-at depth 1 with interrupts, and that a machine takes whose disk nobody uses. Run by hand on a machine that has nothing
-else to do: it states figures and judges nothing. Needs gcc.
+at depth 1 with interrupts (and the loop that paces them), and that a machine takes whose disk nobody uses. Run by hand
+on a machine that has nothing else to do: it states figures and judges nothing. Needs gcc.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,20 +175,27 @@ async def shares(seconds: float) -> None:
     async with running("thread", completion="interrupt") as (driver,):
         buffer = await driver.device.container.alloc(BLOCK)
         blocks = driver.namespaces[1].blocks
-        start, before = trio.current_time(), time.process_time()
-        count = int(1000 * seconds)
-        for number in range(count):
-            await trio.sleep_until(start + number / 1000)
-            await driver.read(1, number * 7919 % blocks, buffer)
-        took = trio.current_time() - start
-        busy = time.process_time() - before
+
+        async def work(read: bool) -> None:
+            start = trio.current_time()
+            for number in range(int(1000 * seconds)):
+                await trio.sleep_until(start + number / 1000)
+                if read:
+                    await driver.read(1, number * 7919 % blocks, buffer)
+
+        reading, pacing = await share(partial(work, True)), await share(partial(work, False))
         print(
-            f"{count / took:.0f} reads a second at depth 1, interrupts: {100 * busy / took:.1f} % of a core"
+            f"1,000 reads a second at depth 1, interrupts: {reading:.1f} % of a core, {pacing:.1f} % without the reads"
         )
-        start, before = trio.current_time(), time.process_time()
-        await trio.sleep(seconds)
-        busy, took = time.process_time() - before, trio.current_time() - start
-        print(f"a driver that waits for nothing: {100 * busy / took:.2f} % of a core")
+        idle = await share(partial(trio.sleep, seconds))
+        print(f"a driver that waits for nothing: {idle:.2f} % of a core")
+
+
+async def share(work: Callable[[], Awaitable[None]]) -> float:
+    """The processor time of all threads meanwhile, in percent."""
+    start, before = time.perf_counter(), time.process_time()
+    await work()
+    return 100 * (time.process_time() - before) / (time.perf_counter() - start)
 
 
 def main() -> None:

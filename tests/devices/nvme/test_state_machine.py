@@ -562,7 +562,8 @@ class ThreadMachine(ControllerMachine):
     engine = "thread"
 
 
-SETTINGS = settings(stateful_step_count=50)
+# A history is fifty steps and a machine of its own: a thousand take ten minutes.
+SETTINGS = settings(stateful_step_count=50, max_examples=min(settings().max_examples, 1000))
 TestController = ControllerMachine.TestCase
 TestController.settings = SETTINGS
 TestThreadController = ThreadMachine.TestCase
