@@ -268,3 +268,31 @@ async def test_a_failed_command_says_so_once(running: Any) -> None:
             await r.nvme.read(1, 9, buffer)
         assert (caught.value.name, caught.value.sct, caught.value.sc) == ("READ_ERROR", 2, 0x81)
         await r.nvme.read(1, 9, buffer)
+
+
+async def test_a_lost_interrupt_costs_a_moment(running: Any, autojump_clock: Any) -> None:
+    """Whoever waits for an interrupt looks at the queue now and then all the same."""
+    async with running(completion="interrupt") as r:
+        r.function.inject("lose_interrupt", opcode=lib.NVME_CMD_VERIFY, times=None)
+        r.engine.stop_before(0)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.nvme.verify, 1, 0, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            r.engine.stop_before(-1)
+            r.engine.resume()
+            await trio.testing.wait_all_tasks_blocked()
+            assert r.queue.outstanding == 1
+        assert 0 < trio.current_time() - began < 1
+
+
+async def test_the_driver_has_the_first_queue_s_commands(running: Any) -> None:
+    async with running(queues=2) as r:
+        buffer = await r.container.alloc(BLOCK)
+        buffer[:] = 6
+        await r.nvme.write(1, 0, buffer, fua=True)
+        await r.nvme.copy(1, [(0, 1)], 9)
+        await r.nvme.compare(1, 9, buffer)
+        await r.nvme.write_zeroes(1, 9, 1)
+        with pytest.raises(NvmeError, match="COMPARE_FAILED"):
+            await r.nvme.compare(1, 9, buffer)
