@@ -344,6 +344,13 @@ def fio(
     completion: Annotated[
         Completion, typer.Option(help="How completion is seen: a short poll, then interrupt, is hybrid.")
     ] = Completion.hybrid,
+    inject: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FAULT",
+            help="A fault of the device (corrupt:opcode=1,lba=77 or delay:times=3,delay=0.1); may be repeated.",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a picture of IOPS and latencies (matplotlib).")
     ] = None,
@@ -389,6 +396,7 @@ def fio(
         overrides=option or (),
         plot=plot,
         parse_only=parse_only,
+        faults=inject or (),
     )
     raise typer.Exit(cli_fio.run(options))
 

@@ -22,7 +22,7 @@ from pvfio.cli_run import EngineChoice, Platform, UsageError, check_output, run_
 
 if TYPE_CHECKING:
     from pvfio.drivers.nvme import Completion, NvmeDriver
-    from pvfio.machine import MachineConfig
+    from pvfio.machine import Machine, MachineConfig
     from pvfio.workloads.fio.job import Job
     from pvfio.workloads.fio.layout import Clone, Layout
     from pvfio.workloads.fio.options import Notes
@@ -62,6 +62,7 @@ class FioOptions:
     plot: Path | None = None
     log_folder: Path = field(default_factory=Path)
     parse_only: bool = False
+    faults: Sequence[str] = ()
 
 
 def run(options: FioOptions) -> int:
@@ -219,6 +220,7 @@ async def _main(options: FioOptions) -> int:
             device = await stack.enter_async_context(machine.open("nvme0"))
             driver = NvmeDriver(device, queues=queues, entries=entries, completion=options.completion)
             nvme = await stack.enter_async_context(driver)
+            _inject(machine, options.faults)
             said = len(notes.lines)
             layout = Layout({nsid: ns.size for nsid, ns in nvme.namespaces.items()}, notes)
             layout.plan(found)
@@ -232,6 +234,24 @@ async def _main(options: FioOptions) -> int:
     except (ValueError, MemoryError) as error:
         raise UsageError(str(error) or "the buffers do not fit into guest memory") from None
     return _report(options, work)
+
+
+def _inject(machine: Machine, faults: Sequence[str]) -> None:
+    """Faults as ``kind:key=value,...``, of the device's ``inject``. ``UsageError`` for what it does not know."""
+    from pvfio.workloads.fio.values import evaluate
+
+    function: Any = machine.devices["nvme0"].function
+    for text in faults:
+        kind, _, rest = text.partition(":")
+        try:
+            words = [word.partition("=") for word in rest.split(",") if word]
+            values: dict[str, Any] = {
+                key: evaluate(value) if key in ("probability", "delay") else int(value, 0)
+                for key, _, value in words
+            }
+            function.inject(kind, **values)
+        except (ValueError, TypeError, BlockingIOError) as error:
+            raise UsageError(f"--inject {text}: {error}") from None
 
 
 def _say(notes: Notes, since: int = 0) -> None:

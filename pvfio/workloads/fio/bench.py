@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 import trio
@@ -121,7 +121,7 @@ def _loop(
 async def _awaited(
     nvme: NvmeDriver, nsid: int, buffer: DmaBuffer, lbas: NDArray[np.uint64], write: bool
 ) -> float:
-    one = buffer[:SIZE]
+    one = cast("DmaBuffer", buffer[:SIZE])
     times = []
     for lba in lbas[:_AWAITED].tolist():
         began = time.perf_counter()

@@ -139,7 +139,8 @@ class Zipf(_Ranked):
         with np.errstate(all="ignore"):
             far = self.count * np.power(self._eta * uniform - self._eta + 1.0, self._alpha)
         value = np.where(scaled < 1.0, 0.0, np.where(scaled < 1.0 + 0.5**self._theta, 1.0, far))
-        return np.minimum(np.nan_to_num(value), self.count - 1).astype(np.uint64)
+        ranks: _U64 = np.minimum(np.nan_to_num(value), self.count - 1).astype(np.uint64)
+        return ranks
 
     def draw(self, n: int) -> _U64:
         """Independent ones."""
@@ -199,7 +200,8 @@ class Zoned:
             np.searchsorted(self._shares, self._rng.random(n), side="right"), len(self._shares) - 1
         )
         inside = np.floor(self._rng.random(n) * self._sizes[zone]).astype(np.int64)
-        return np.minimum(self._starts[zone] + inside, self.count - 1).astype(np.uint64)
+        found: _U64 = np.minimum(self._starts[zone] + inside, self.count - 1).astype(np.uint64)
+        return found
 
 
 def make_blocks(

@@ -277,6 +277,10 @@ class Engine:
         if self.job.fsync or self.job.fdatasync:
             every = self.job.fsync or self.job.fdatasync
             if self._since_flush >= every:
+                # There is no flush after the last write, as with fio.
+                if not len(source.take(1)):
+                    return False
+                source.untake(1)
                 await self._drain()
                 await self._flush()
             count = min(count, every - self._since_flush)

@@ -207,11 +207,11 @@ class Verifier:
 
 
 def _header_crc(headers: NDArray[Any]) -> NDArray[np.uint32]:
-    """Inverted, unlike that of the data."""
+    """What each header's own CRC should be."""
     raw = np.ascontiguousarray(headers).view(np.uint8).reshape(-1)
     starts = np.arange(len(headers), dtype=np.uint64) * np.uint64(HEADER.itemsize)
     lengths = np.full(len(headers), _CRC_AT, dtype=np.uint64)
-    return ~crc32c_of(raw, starts, lengths)
+    return crc32c_of(raw, starts, lengths)
 
 
 def _different(
