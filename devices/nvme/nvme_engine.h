@@ -54,7 +54,7 @@ struct pv_nvme_stats {
     uint64_t reads, writes;             /* commands */
     uint64_t read_bytes, written_bytes;
     uint64_t media_errors;
-    uint64_t busy_ns;
+    uint64_t busy_ns; /* sampled: exact over many commands */
 };
 
 /* How a namespace's blocks look. */

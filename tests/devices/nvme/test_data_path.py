@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -328,3 +329,18 @@ def test_statistics(disk: Disk) -> None:
     lib.pv_nvme_get_stats(disk.nvme, stats)
     assert (stats.reads, stats.read_bytes, stats.writes, stats.written_bytes) == (1, PAGE, 1, 2 * PAGE)
     assert stats.media_errors == 1
+
+
+def test_busy_time(disk: Disk) -> None:
+    """It grows with the work, and not beyond the time there was."""
+    stats = ffi.new("struct pv_nvme_stats *")
+    begin = time.monotonic_ns()
+    source = np.zeros(1, dtype_of("struct nvme_copy_range"))
+    source["nlb"] = 127
+    disk.put(DATA, source)
+    for _ in range(100_000):
+        assert disk.run(command(COPY, lba=128, cdw12=0)) == 0
+        lib.pv_nvme_get_stats(disk.nvme, stats)
+        if stats.busy_ns:
+            break
+    assert 0 < stats.busy_ns <= time.monotonic_ns() - begin + 20_000_000  # a tick or two
