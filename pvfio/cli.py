@@ -1,4 +1,4 @@
-"""The command line: ``pvfio dmatest``, ``pvfio dma-map-benchmark``, ``pvfio walk``, ``pvfio devices``.
+"""The command line: ``pvfio dmatest``, ``fio``, ``nvme``, ``dma-map-benchmark``, ``walk``, ``devices``.
 
 Only names, options and exit statuses are here; what a command does is imported when it runs. Exit statuses:
 0 done, 1 a test or the machine failed, 2 the request cannot be (one line on standard error says why), 130
@@ -399,6 +399,48 @@ def fio(
         faults=inject or (),
     )
     raise typer.Exit(cli_fio.run(options))
+
+
+@app.command()
+def nvme(
+    command: Annotated[
+        str,
+        typer.Argument(metavar="COMMAND", help="identify, id-ns, smart-log, error-log, fw-log, format, ..."),
+    ],
+    namespace: Annotated[
+        int, typer.Option("--namespace", "-n", min=1, help="The namespace it is about.")
+    ] = 1,
+    lbaf: Annotated[
+        int, typer.Option(min=0, max=63, help="format: the LBA format (0 is 512, 1 is 4096 bytes).")
+    ] = 1,
+    ses: Annotated[int, typer.Option(min=0, max=2, help="format: secure erase settings.")] = 0,
+    pi: Annotated[int, typer.Option(min=0, max=3, help="format: type of protection information.")] = 0,
+    feature_id: Annotated[str, typer.Option("--feature-id", "-f", help="get-feature: which one.")] = "0x01",
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The namespace is this raw image, not memory.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The namespace refuses writes.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="nvme-cli's JSON instead of lines.")] = False,
+    platform: PlatformOption = Platform.intel,
+    engine: EngineOption = EngineChoice.thread,
+) -> None:
+    """Ask the emulated NVMe controller, in nvme-cli's words."""
+    from pvfio import cli_nvme
+
+    options = cli_nvme.NvmeOptions(
+        command=command,
+        platform=platform.value,
+        engine=engine.value,
+        image=image,
+        read_only=read_only,
+        nsid=namespace,
+        lbaf=lbaf,
+        ses=ses,
+        pi=pi,
+        feature=_address(feature_id),
+        json=json,
+    )
+    raise typer.Exit(cli_nvme.run(options))
 
 
 @app.command()
