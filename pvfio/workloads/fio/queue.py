@@ -157,7 +157,13 @@ class NvmeQueue:
     async def wait(self) -> Done:
         """See ``IoQueue``; a command that takes too long is aborted, and comes with that status."""
         done = await self._pair.reap(deadline=self._timeout)
-        return self._slot[done.cids], done.status, done.failed
+        slots, status, failed = [self._slot[done.cids]], [done.status], done.failed
+        # All there is: identifiers the driver saw complete are given out again by the next submission.
+        while len(done := self._pair.reap_nowait()):
+            slots.append(self._slot[done.cids])
+            status.append(done.status)
+            failed += done.failed
+        return np.concatenate(slots), np.concatenate(status), failed
 
     async def flush(self) -> None:
         """One Flush command."""

@@ -87,6 +87,7 @@ JOBS = [
     "rw=randwrite\nbssplit=4k/50:16k/50\nnorandommap",
     "rw=randwrite\nnumjobs=3\nbs=4k",
     "rw=randwrite:4\nbs=4k\nfsync=16",
+    "rw=randwrite\nbs=4k\nsize=16m\nloops=3",
 ]
 
 
