@@ -299,12 +299,17 @@ void nvme_io_prefetch(const struct pv_nvme *nvme, const struct nvme_command *cmd
 {
     uint32_t index = cmd->nsid - 1;
     uint64_t lba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
-    if (cmd->opcode != NVME_CMD_READ || index >= PV_NVME_NAMESPACES || !nvme->ns[index].backing)
+    bool read = cmd->opcode == NVME_CMD_READ;
+    if ((!read && cmd->opcode != NVME_CMD_WRITE) || index >= PV_NVME_NAMESPACES || !nvme->ns[index].backing)
         return;
     const struct nvme_namespace *ns = &nvme->ns[index];
     if (!ns->backing->base || lba >= ns->format.blocks)
         return;
-    const uint8_t *from = ns->backing->base + nvme_bytes(ns, lba);
-    for (uint32_t at = 0; at < NVME_PREFETCH; at += 64)
-        __builtin_prefetch(from + at);
+    const uint8_t *blocks = ns->backing->base + nvme_bytes(ns, lba);
+    for (uint32_t at = 0; at < NVME_PREFETCH; at += 64) {
+        if (read)
+            __builtin_prefetch(blocks + at);
+        else
+            __builtin_prefetch(blocks + at, 1);
+    }
 }

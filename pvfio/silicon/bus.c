@@ -137,7 +137,7 @@ int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv
 static int copy_out(void *arg, uint8_t *ptr, uint64_t len)
 {
     uint8_t **to = arg;
-    memcpy(*to, ptr, len);
+    pv_move(*to, ptr, len);
     *to += len;
     return 0;
 }
@@ -145,7 +145,7 @@ static int copy_out(void *arg, uint8_t *ptr, uint64_t len)
 static int copy_in(void *arg, uint8_t *ptr, uint64_t len)
 {
     const uint8_t **from = arg;
-    memcpy(ptr, *from, len);
+    pv_move(ptr, *from, len);
     *from += len;
     return 0;
 }
