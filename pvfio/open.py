@@ -54,8 +54,8 @@ async def open_device(uri: str) -> AsyncIterator[Device]:
     ``emu:KIND[?platform=intel|amd&engine=thread|inline&ram=MiB]``: an embedded machine with one device of
     that kind, in a container of its own (``device.container``). An NVMe controller has more words
     (``emu:nvme?image=/tmp/disk.img``, ``emu:nvme?size=1024&lba=512``): see open_nvme.py.
-    Leaving closes the device, which resets it, and the machine. Raises ``ValueError`` for a URI that names nothing, and ``VfioError`` as opening does.
-    Cancelled: everything is closed.
+    Leaving closes the device, which resets it, and the machine. Raises ``ValueError`` for a URI that names nothing,
+    and ``VfioError`` as opening does. Cancelled: everything is closed.
     """
     scheme, _, rest = uri.partition(":")
     kind, _, query = rest.partition("?")

@@ -215,11 +215,16 @@ class VectorQueue(CommandQueue):
         """
         if self._ready:
             return self._taken(most)
-        return self._collect(most, least=least, wait_ns=wait_ns) or NOTHING
+        done = self._collect(most, least=least, wait_ns=wait_ns)
+        if done is None:
+            return NOTHING
+        self._ring.release(done.cids)
+        return done
 
     def _taken(self, most: int | None) -> Completions:
         """Of what was seen while looking for something else."""
         first = self._ready[0]
+        self._ring.release(first.cids[:most])
         if most is None or len(first) <= most:
             return self._ready.pop(0)
         rest = Completions(first.cids[most:], first.status[most:], int(np.count_nonzero(first.status[most:])))
@@ -304,6 +309,7 @@ class VectorQueue(CommandQueue):
                     raise DeadlineExceeded("transfer", seconds, device=self.device)
         except BaseException:
             await self._make_safe(lambda: not self.outstanding, lambda: self._overdue(0))
-            self._ready.clear()
+            while self._ready:
+                self._taken(None)
             raise
         return status

@@ -213,7 +213,7 @@ class CommandQueue:
     def _collect(self, most: int | None = None, *, least: int = 1, wait_ns: int = 0) -> Completions | None:
         """Takes completions: awaited commands get theirs, the rest is returned; None: there was nothing to take.
 
-        What is returned may be empty: all of it was awaited.
+        What is returned may be empty: all of it was awaited. Its identifiers are released by whoever hands it out.
         """
         try:
             taken = self._ring.reap(most, least=least, wait_ns=wait_ns)
@@ -236,6 +236,7 @@ class CommandQueue:
             command.done = True
         if len(others) == len(cids):
             return taken
+        self._ring.release(np.delete(cids, others))
         self._lot.unpark_all()
         status = status[others]
         return Completions(cids[others], status, int(np.count_nonzero(status)))
@@ -334,7 +335,7 @@ class CommandQueue:
         self._waiters.clear()
         if len(others):
             self._keep(Completions(others, np.full(len(others), _ABORTED, dtype=np.uint16), len(others)))
-        self._ring.forget()
+        self._ring.forget(np.concatenate([kept.cids for kept in self._ready]) if self._ready else None)
         self._wake()
 
     def _open(self, irq: tuple[Irq, int] | None) -> None:

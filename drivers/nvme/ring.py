@@ -116,13 +116,16 @@ class Ring:
         self._free: NDArray[np.intp] = np.empty(self.depth, dtype=np.intp)
         self.forget()
 
-    def forget(self) -> None:
-        """Both queues are empty and as new: the controller was reset, and no command is in flight any more."""
+    def forget(self, held: NDArray[np.intp] | None = None) -> None:
+        """Both queues are empty and as new: the controller was reset, and no command is in flight any more. The
+        identifiers ``held`` are not free before they are released.
+        """
         self._sq[:] = 0
         self._cq[:] = 0
         self.since[:] = 0
-        self._free[:] = np.arange(self.depth)[::-1]
-        self._top = self.depth
+        free = np.arange(self.depth)[::-1] if held is None else np.setdiff1d(np.arange(self.depth), held)
+        self._top = len(free)
+        self._free[: self._top] = free
         self.outstanding = 0
         self._tail = self._head = 0
         self._phase = 1
@@ -258,8 +261,9 @@ class Ring:
         """Takes completions from the queue.
 
         At most ``most``, up to the end of the queue's memory (there may be more after it); None: there are none.
-        Blocks the thread for up to ``wait_ns`` while there are fewer than ``least``. Raises ``DeviceFailed`` for
-        completions of commands that are not in flight.
+        Their identifiers are not given out again before ``release``: until somebody has seen which command that was,
+        no other may have its name. Blocks the thread for up to ``wait_ns`` while there are fewer than ``least``. Raises
+        ``DeviceFailed`` for completions of commands that are not in flight.
         """
         head = self._head
         limit = min(self.outstanding, self.cq_entries - head)
@@ -317,7 +321,7 @@ class Ring:
         raise DeviceFailed(self._region.device, "it completed a command that was not in flight")
 
     def _retire(self, cids: NDArray[np.intp], count: int) -> None:
-        """The identifiers are free again. A completion nobody waits for is a controller that is not to be trusted."""
+        """They are in flight no more. A completion nobody waits for is a controller that is not to be trusted."""
         since = self.since
         try:
             since[cids] = 0
@@ -326,12 +330,15 @@ class Ring:
         self.outstanding -= count
         if np.count_nonzero(since) != self.outstanding:
             self._distrust()
-        top = self._top + count
-        self._free[self._top : top] = cids
-        self._top = top
         self._unacknowledged += count
         if self._unacknowledged >= self._most_unacknowledged:
             self.acknowledge()
+
+    def release(self, cids: NDArray[np.intp]) -> None:
+        """Identifiers that ``reap`` returned may be given out again."""
+        top = self._top + len(cids)
+        self._free[self._top : top] = cids
+        self._top = top
 
     def acknowledge(self) -> None:
         """Tells the controller which completions were taken (the head doorbell, NVMe Base 2.0c 3.1.3.13)."""

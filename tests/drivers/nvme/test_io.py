@@ -115,6 +115,35 @@ async def test_submitting_and_reaping_by_hand(running: Any) -> None:
         assert queue.outstanding == 0
 
 
+@pytest.mark.parametrize("reset", [False, True])
+async def test_an_identifier_is_not_given_out_again_before_its_completion_was(
+    running: Any, reset: bool
+) -> None:
+    async with running() as r:
+        buffer = await r.container.alloc(8 * 4096)
+        lbas = np.arange(4, dtype=np.uint64)
+        first = r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas, 1, addresses(buffer, 4))
+        await r.queue.flush(1)  # looks at the queue, and sees the reads complete
+        if reset:
+            await r.nvme.reset()
+        second = r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas, 1, addresses(buffer, 4))
+        assert not set(first.tolist()) & set(second.tolist())
+        reaped = []
+        while len(reaped) < 8:
+            reaped += (await r.queue.reap()).cids.tolist()
+        assert reaped == first.tolist() + second.tolist()
+        everything = r.queue.submit_nowait(
+            lib.NVME_CMD_READ,
+            1,
+            np.zeros(r.queue.room, dtype=np.uint64),
+            1,
+            np.full(r.queue.room, buffer.iova),
+        )
+        assert len(set(everything.tolist())) == len(everything)
+        while r.queue.outstanding:
+            await r.queue.reap()
+
+
 async def test_a_status_for_each_command(running: Any) -> None:
     async with running() as r:
         blocks = r.nvme.namespaces[1].blocks
