@@ -17,6 +17,8 @@
 #include "nvme_private.h"
 
 #define ALIGNMENT 4096u
+#define HUGE_PAGE ((uint64_t)2 << 20)
+#define HUGE_UP_TO ((uint64_t)4 << 30) /* more is likelier to be a sparse one */
 
 static struct pv_nvme_backing *make(uint64_t size)
 {
@@ -29,6 +31,27 @@ static struct pv_nvme_backing *make(uint64_t size)
     return b;
 }
 
+/*
+ * Memory that nobody wrote takes none. Up to a size it comes in huge pages: random blocks of many small pages would miss
+ * the processor's TLB every time. A fork does not copy it, nor see it.
+ */
+static uint8_t *map_memory(uint64_t size)
+{
+    uint64_t slack = size <= HUGE_UP_TO ? HUGE_PAGE : 0;
+    uint8_t *raw = mmap(NULL, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED)
+        return NULL;
+    uint64_t lead = slack ? -(uintptr_t)raw & (HUGE_PAGE - 1) : 0;
+    if (lead)
+        munmap(raw, lead);
+    if (slack > lead)
+        munmap(raw + lead + size, slack - lead);
+    if (slack)
+        madvise(raw + lead, size, MADV_HUGEPAGE);
+    madvise(raw + lead, size, MADV_DONTFORK);
+    return raw + lead;
+}
+
 struct pv_nvme_backing *pv_nvme_memory(uint64_t size)
 {
     if (!size || size % ALIGNMENT) {
@@ -38,13 +61,11 @@ struct pv_nvme_backing *pv_nvme_memory(uint64_t size)
     struct pv_nvme_backing *b = make(size);
     if (!b)
         return NULL;
-    /* Shared, so that what a sparse namespace never wrote takes no memory, and a fork does not copy it. */
-    void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) {
+    b->base = map_memory(size);
+    if (!b->base) {
         free(b);
         return NULL;
     }
-    b->base = base;
     return b;
 }
 
@@ -185,7 +206,7 @@ static int zero_memory(struct pv_nvme_backing *b, uint64_t offset, uint64_t n, i
 {
     const uint64_t mask = ~(uint64_t)(ALIGNMENT - 1);
     uint64_t first = (offset + ALIGNMENT - 1) & mask, last = (offset + n) & mask;
-    if (!discard || first >= last || madvise(b->base + first, last - first, MADV_REMOVE)) {
+    if (!discard || first >= last || madvise(b->base + first, last - first, MADV_DONTNEED)) {
         memset(b->base + offset, 0, n);
         return 0;
     }

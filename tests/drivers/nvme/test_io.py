@@ -128,7 +128,7 @@ async def test_an_identifier_is_not_given_out_again_before_its_completion_was(
             await r.nvme.reset()
         second = r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas, 1, addresses(buffer, 4))
         assert not set(first.tolist()) & set(second.tolist())
-        reaped = []
+        reaped: list[int] = []
         while len(reaped) < 8:
             reaped += (await r.queue.reap()).cids.tolist()
         assert reaped == first.tolist() + second.tolist()
