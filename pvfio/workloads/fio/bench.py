@@ -1,8 +1,9 @@
 """How fast the NVMe path is: 4 KiB random reads and writes beside a plain C loop of the same copies.
 
-The loop copies between random places of 256 MiB of memory in huge pages and buffers, as the device does between its
-namespace and DMA buffers; device and loop take turns, and figures are medians over the turns. At depth 1 a turn is single
-commands: through ``submit_nowait`` and a wait in C for the phase bit, and, beside it, awaited.
+The loop copies between random places of 256 MiB of memory in huge pages and buffers, as the device does between
+its namespace and DMA buffers; device and loop take turns, and figures are medians over the turns. At
+depth 1 a turn is single commands: through ``submit_one_nowait`` and a wait in C for the phase bit, and, beside it,
+awaited.
 """
 
 from __future__ import annotations
