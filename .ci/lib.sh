@@ -23,7 +23,7 @@ has_python_headers() {
     [ -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]
 }
 
-# python3 with venv and headers, gcc with the C library's headers: what the README asks for.
+# python3 with venv and headers, gcc with the C library's headers: what the README asks for; and what tests compare with.
 install_missing_system_tools() {
     local missing=()
     command -v gcc >/dev/null || missing+=(gcc libc6-dev)
@@ -32,6 +32,9 @@ install_missing_system_tools() {
         python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
         has_python_headers || missing+=(python3-dev)
     fi
+    # What pvfio is compared with: a file system's own tools, and the real fio.
+    command -v mkfs.ext4 >/dev/null || missing+=(e2fsprogs)
+    command -v fio >/dev/null || missing+=(fio)
     if [ "${#missing[@]}" -gt 0 ]; then
         apt-get -q update
         DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
