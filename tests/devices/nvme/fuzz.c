@@ -5,6 +5,7 @@
  * the controller read and write again. Prints how many rounds and operations there were; the seed makes them again for
  * inline engines.
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,34 @@
 #define ENTRIES 16u
 #define QUEUES 4u
 #define NAMESPACES 4u
+#define ROUND_SECONDS 60
+
+/* A round takes milliseconds. One that hangs says which it is, and where the caller stands. */
+const char *__asan_default_options(void);
+const char *__asan_default_options(void)
+{
+    return "handle_abort=1";
+}
+
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void)
+{
+    return "handle_abort=1";
+}
+
+static volatile sig_atomic_t running;
+
+static void hangs(int number)
+{
+    char text[] = "round 0000000000 of the campaign hangs\n";
+    long round = running;
+    (void)number;
+    for (char *digit = text + 15; round; round /= 10)
+        *digit-- = (char)('0' + round % 10);
+    if (write(STDERR_FILENO, text, sizeof(text) - 1) < 0)
+        _exit(3);
+    abort();
+}
 
 /* What driver and device share is theirs to race for; everything else is not. */
 const char *__tsan_default_suppressions(void);
@@ -328,7 +357,10 @@ int main(int argc, char **argv)
     struct fuzz f = {.file = memfd_create("image", MFD_CLOEXEC)};
     struct timespec begin, now;
     clock_gettime(CLOCK_MONOTONIC, &begin);
+    signal(SIGALRM, hangs);
     do {
+        running = (sig_atomic_t)rounds;
+        alarm(ROUND_SECONDS);
         f.random = (seed + rounds) * 0x9e3779b97f4a7c15ull | 1;
         if (ftruncate(f.file, 32 * 4096)) /* some images are longer than that */
             return 2;
@@ -337,6 +369,7 @@ int main(int argc, char **argv)
             return 1;
         }
         rounds++;
+        alarm(0);
         clock_gettime(CLOCK_MONOTONIC, &now);
     } while ((double)(now.tv_sec - begin.tv_sec) + (double)(now.tv_nsec - begin.tv_nsec) / 1e9 < seconds);
     printf("%llu rounds, %llu operations\n", (unsigned long long)rounds, (unsigned long long)f.operations);
