@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # Where C lives.
 ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices", "workloads")
 # In the order in which the structures depend on each other.
-ABI_HEADERS = ("hyperv", "vfio", "iommufd", "pci", "dsa", "nvme")
+ABI_HEADERS = ("hyperv", "vfio", "iommufd", "pci", "dsa", "nvme", "vfio_user")
 ROOM_HEADERS = (
     "memory/memory.h",
     "pagetable/pagetable.h",

@@ -15,6 +15,7 @@
 #include "pci.h"
 #include "dsa.h"
 #include "nvme.h"
+#include "vfio_user.h"
 #pragma pack(pop)
 
 #endif
