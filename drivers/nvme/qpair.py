@@ -45,7 +45,7 @@ class VectorQueue(CommandQueue):
     ) -> None:
         super().__init__(controller, number, ring, completion)
         self._lists = lists  # None: the controller takes SGLs
-        self._templates: dict[tuple[int, int, int, int], tuple[Template, int]] = {}
+        self._templates: dict[tuple[int, int, int, int], Template] = {}
 
     @property
     def completion(self) -> Completion:
@@ -89,13 +89,13 @@ class VectorQueue(CommandQueue):
         if self._paused or self._ring.room < count:
             raise trio.WouldBlock
         if isinstance(blocks, int):
-            template, length = self._template(opcode, nsid, blocks, control)
+            template = self._template(opcode, nsid, blocks, control)
             cids = self._ring.take(count, self._now())
             self._ring.fill(template, cids, lbas, iovas)
-            if self._lists is not None and length:
-                self._lists.point(self._ring, cids, iovas, length)
+            if self._lists is not None and template.length:
+                self._lists.point(self._ring, cids, iovas, template.length)
         else:
-            template, cids = self._uneven(opcode, nsid, lbas, blocks, iovas, control)
+            cids = self._uneven(opcode, nsid, lbas, blocks, iovas, control)
         if metadata is not None:
             self._ring.overwrite(2, metadata)
         self._ring.ring()
@@ -105,17 +105,15 @@ class VectorQueue(CommandQueue):
         self, opcode: int, nsid: int, lba: int, blocks: int, iova: int, *, control: int = 0
     ) -> int:
         """``submit_nowait`` of a single command in plain numbers, which is faster for one; its identifier."""
-        self._check()
-        if self._paused or not self._ring.room:
+        ring = self._ring
+        if self._closed is not None or self._paused or not ring.room:
+            self._check()
             raise trio.WouldBlock
-        template, length = self._template(opcode, nsid, blocks, control)
-        cid = self._ring.take_one(self._now())
-        self._ring.fill_one(template, cid, lba, iova)
-        if self._lists is not None and length > PAGE - iova % PAGE:
-            where = np.array([iova], dtype=np.uint64)
-            self._lists.point(self._ring, np.array([cid]), where, length)
-        self._ring.ring()
-        return cid
+        template = self._template(opcode, nsid, blocks, control)
+        if self._lists is not None and template.length > PAGE - iova % PAGE:
+            where = np.array([lba, iova], dtype=np.uint64)
+            return int(self.submit_nowait(opcode, nsid, where[:1], blocks, where[1:], control=control)[0])
+        return ring.post_one(template, lba, iova, self._now)
 
     def reap_one_nowait(self, wait_ns: int = 0) -> tuple[int, int] | None:
         """``reap_nowait`` of a single command: identifier and status, None where none completed.
@@ -133,8 +131,8 @@ class VectorQueue(CommandQueue):
         """The namespaces may be others now, or other formats."""
         self._templates.clear()
 
-    def _template(self, opcode: int, nsid: int, blocks: int, control: int) -> tuple[Template, int]:
-        """The template of a kind of command, and how many bytes it moves."""
+    def _template(self, opcode: int, nsid: int, blocks: int, control: int) -> Template:
+        """What commands of a kind have in common."""
         key = (opcode, nsid, blocks, control)
         known = self._templates.get(key)
         if known is None:
@@ -143,7 +141,7 @@ class VectorQueue(CommandQueue):
             known = self._templates[key] = self._new_template(opcode, nsid, blocks, control)
         return known
 
-    def _new_template(self, opcode: int, nsid: int, blocks: int, control: int) -> tuple[Template, int]:
+    def _new_template(self, opcode: int, nsid: int, blocks: int, control: int) -> Template:
         if not 1 <= blocks <= 1 << 16:
             raise ValueError(f"a command has 1 to 65536 blocks, not {blocks}")
         length = blocks * self._controller.transfer_size(nsid) if opcode in _TRANSFERS else 0
@@ -153,7 +151,7 @@ class VectorQueue(CommandQueue):
             )
         sgl = self._lists is None and length
         word0 = opcode | (_SGL if sgl else 0) << 8 | nsid << 32
-        return Template(word0, length if sgl else 0, blocks - 1 | control), length
+        return Template(word0, length if sgl else 0, blocks - 1 | control, length)
 
     def _uneven(
         self,
@@ -163,12 +161,13 @@ class VectorQueue(CommandQueue):
         blocks: NDArray[np.uint16],
         iovas: NDArray[np.uint64],
         control: int,
-    ) -> tuple[Template, NDArray[np.intp]]:
+    ) -> NDArray[np.intp]:
         """Commands of different lengths."""
         sizes = np.asarray(blocks, dtype=np.uint64)
         if sizes.shape != lbas.shape or not sizes.all():
             raise ValueError("every command has its number of blocks, at least one")
-        template, longest = self._template(opcode, nsid, int(sizes.max()), control)
+        template = self._template(opcode, nsid, int(sizes.max()), control)
+        longest = template.length
         lengths = sizes * np.uint64(self._controller.transfer_size(nsid) if longest else 0)
         cids = self._ring.take(len(lbas), self._now())
         self._ring.fill(template, cids, lbas, iovas)
@@ -177,7 +176,7 @@ class VectorQueue(CommandQueue):
             self._ring.overwrite(4, lengths)
         elif longest and self._lists is not None:
             self._lists.point(self._ring, cids, iovas, lengths)
-        return template, cids
+        return cids
 
     async def submit(
         self,

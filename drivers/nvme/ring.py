@@ -11,7 +11,8 @@ not complete (queue.py), shadow doorbells.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
@@ -20,6 +21,8 @@ from pvfio.abi import ffi, lib
 from pvfio.errors import DeviceFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from pvfio.vfio import DmaBuffer, Region
@@ -30,7 +33,10 @@ _PAGE: Final = 4096
 _SQE: Final[int] = lib.NVME_SQE_SIZE
 _CQE: Final[int] = lib.NVME_CQE_SIZE
 _CID16, _STATUS16 = 6, 7  # the halfwords of a completion
-_DW0: Final = 0
+_DW0, _DW3 = 0, 3
+_PHASE: Final[int] = lib.NVME_CQE_PHASE << 16  # in DW3
+_STATUS_SHIFT: Final[int] = lib.NVME_CQE_STATUS_SHIFT + 16
+_ADDRESS, _LBA = 3, 5  # the words of a command in which those of a template differ
 _ONE: Final = np.uint16(1)
 _NO_STATUS: Final = np.zeros(1 << 16, dtype=np.uint16)
 _NO_STATUS.flags.writeable = False
@@ -45,13 +51,21 @@ def queue_bytes(entries: int, cq_entries: int) -> int:
     return _pages(entries * _SQE) + _pages(cq_entries * _CQE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Template:
-    """What commands of one kind have in common: words 0 (without the identifier), 4 and 6 of the command."""
+    """What commands of one kind have in common: words 0 (without the identifier), 4 and 6 of the command, and all 64
+    bytes of it. ``length``: how many bytes such a command moves.
+    """
 
     word0: int
     word4: int
     word6: int
+    length: int
+    entry: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        words = struct.pack("=8Q", self.word0, 0, 0, 0, self.word4, 0, self.word6, 0)
+        object.__setattr__(self, "entry", words)
 
 
 class Completions:
@@ -77,6 +91,7 @@ class Ring:
     """``entries`` of a submission and ``cq_entries`` of a completion queue in ``buffer``, which is mapped.
 
     ``depth`` commands can be outstanding, under the identifiers 0 to depth - 1. ``outstanding``: how many are.
+    ``room``: how many can be submitted.
     ``since`` (int64, shape (depth,)): when each was submitted, 0 for one that is not in flight.
     """
 
@@ -90,6 +105,7 @@ class Ring:
         self.depth = entries - 1
         self.sq_iova = buffer.iova
         self.cq_iova = buffer.iova + _pages(entries * _SQE)
+        region.check_open("doorbell", doorbells[0], 4)
         self._region = region
         self._sq_doorbell, self._cq_doorbell = doorbells
         plain = np.asarray(buffer)
@@ -107,13 +123,18 @@ class Ring:
         self._cq_result: NDArray[np.uint32] = completions.view(np.uint32).reshape(cq_entries, 4)[:, _DW0]
         # The controller needs room for what is outstanding; it is told of the rest now and then.
         self._most_unacknowledged = max(1, cq_entries - 1 - self.depth)
-        self._cqe = ffi.cast("struct nvme_completion *", ffi.from_buffer(completions))
+        self._queue = ffi.new("struct pv_mmio_queue *")
+        self._queue.entries = ffi.cast("uint64_t *", ffi.from_buffer(submissions))
+        self._queue.size, self._queue.doorbell = entries, self._sq_doorbell
+        self._queue.word = (_ADDRESS, _LBA)
         self._successes = tuple(np.full(cq_entries, phase, dtype=np.uint16).tobytes() for phase in (0, 1))
-        self._sqe_words = ffi.cast("uint64_t *", ffi.from_buffer(submissions))
-        self._sqe_halves = ffi.cast("uint16_t *", self._sqe_words)
         self._phases = ffi.cast("uint8_t *", ffi.from_buffer(completions)) + 2 * _STATUS16
+        self._ends = ffi.cast("uint32_t *", ffi.from_buffer(completions)) + _DW3
         self.since: NDArray[np.int64] = np.zeros(self.depth, dtype=np.int64)
         self._free: NDArray[np.intp] = np.empty(self.depth, dtype=np.intp)
+        # For one at a time: an element by pointer takes half as long as one of an array.
+        self._since_one = ffi.cast("int64_t *", ffi.from_buffer(self.since))
+        self._free_one = ffi.cast("intptr_t *", ffi.from_buffer(self._free))
         self.forget()
 
     def forget(self, held: NDArray[np.intp] | None = None) -> None:
@@ -124,8 +145,8 @@ class Ring:
         self._cq[:] = 0
         self.since[:] = 0
         free = np.arange(self.depth)[::-1] if held is None else np.setdiff1d(np.arange(self.depth), held)
-        self._top = len(free)
-        self._free[: self._top] = free
+        self.room = len(free)
+        self._free[: self.room] = free
         self.outstanding = 0
         self._tail = self._head = 0
         self._phase = 1
@@ -133,18 +154,13 @@ class Ring:
         self._painted: Template | None = None
         self._unpainted = 0  # slots to go until all are filled from that template
 
-    @property
-    def room(self) -> int:
-        """How many commands can be submitted."""
-        return self._top
-
     # Submission
 
     def take(self, count: int, now: int) -> NDArray[np.intp]:
         """``count`` identifiers (at most ``room``), in flight since ``now`` (not 0)."""
-        top = self._top - count
-        cids = self._free[top : self._top].copy()
-        self._top = top
+        top = self.room - count
+        cids = self._free[top : self.room].copy()
+        self.room = top
         self.outstanding += count
         self.since[cids] = now
         return cids
@@ -152,8 +168,8 @@ class Ring:
     def give_back(self, cid: int) -> None:
         """An identifier that was taken, and not submitted."""
         self.since[cid] = 0
-        self._free[self._top] = cid
-        self._top += 1
+        self._free[self.room] = cid
+        self.room += 1
         self.outstanding -= 1
 
     def put(self, command: bytes) -> None:
@@ -163,30 +179,26 @@ class Ring:
         self._painted = None
         self._advance(1)
 
-    def take_one(self, now: int) -> int:
-        """``take`` of one identifier, as a number."""
-        self._top -= 1
-        self.outstanding += 1
-        cid = self._free.item(self._top)
-        self.since[cid] = now
-        return cid
-
-    def fill_one(self, template: Template, cid: int, lba: int, address: int) -> None:
-        """``fill`` of one command, in numbers."""
+    def post_one(self, template: Template, lba: int, address: int, clock: Callable[[], int]) -> int:
+        """``take``, ``fill`` and ``ring`` of one command, in numbers; its identifier."""
         if template is not self._painted:
-            self._painted, self._unpainted = template, self.entries
-        tail = self._tail
-        words, first = self._sqe_words, tail * (_SQE // 8)
-        words[first + 3] = address
-        words[first + 5] = lba
-        if self._unpainted > 0:
-            self._unpainted -= 1
-            words[first] = template.word0
-            words[first + 1] = words[first + 2] = words[first + 7] = 0
-            words[first + 4] = template.word4
-            words[first + 6] = template.word6
-        self._sqe_halves[tail * (_SQE // 2) + 1] = cid
-        self._tail = tail + 1 if tail + 1 < self.entries else 0
+            self._painted = None
+        top = self.room = self.room - 1
+        cid: int = self._free_one[top]
+        self.outstanding += 1
+        mmio = self._region.mmio or ffi.NULL
+        try:
+            tail = lib.pv_mmio_post(mmio, self._queue, self._tail, template.entry, cid, address, lba)
+        except OverflowError:  # more than 64 bits
+            self.give_back(cid)
+            raise
+        self._since_one[cid] = clock()  # the controller is at work meanwhile
+        if tail >= 0:
+            self._tail = tail
+        else:
+            self._advance(1)
+            self.ring()  # another way, or it says what is wrong
+        return cid
 
     def fill(
         self,
@@ -289,18 +301,18 @@ class Ring:
 
     def reap_one(self, wait_ns: int = 0) -> tuple[int, int] | None:
         """As ``reap`` with ``most`` 1, in numbers."""
-        head = self._head
-        if not self.outstanding or not lib.pv_wait_run(
-            self._phases + head * _CQE, _CQE, 1, 1, self._phase, 1, wait_ns
-        ):
+        if not self.outstanding:
             return None
-        entry = self._cqe[head]
-        cid, status = entry.cid, entry.status >> 1
-        if cid >= self.depth or not self.since[cid]:
+        head = self._head
+        word = lib.pv_wait_entry(self._ends, _CQE, head, _PHASE, _PHASE if self._phase else 0, wait_ns)
+        if word < 0:
+            return None
+        cid, since = word & 0xFFFF, self._since_one
+        if cid >= self.depth or not since[cid]:
             self._distrust()
-        self.since[cid] = 0
-        self._free[self._top] = cid
-        self._top += 1
+        since[cid] = 0
+        self._free_one[self.room] = cid
+        self.room += 1
         self.outstanding -= 1
         if head + 1 == self.cq_entries:
             self._head, self._phase = 0, self._phase ^ 1
@@ -309,7 +321,7 @@ class Ring:
         self._unacknowledged += 1
         if self._unacknowledged >= self._most_unacknowledged:
             self.acknowledge()
-        return cid, status
+        return cid, word >> _STATUS_SHIFT
 
     def results(self, count: int) -> list[int]:
         """The command-specific dwords of the ``count`` completions taken last; before anything is submitted."""
@@ -336,9 +348,9 @@ class Ring:
 
     def release(self, cids: NDArray[np.intp]) -> None:
         """Identifiers that ``reap`` returned may be given out again."""
-        top = self._top + len(cids)
-        self._free[self._top : top] = cids
-        self._top = top
+        top = self.room + len(cids)
+        self._free[self.room : top] = cids
+        self.room = top
 
     def acknowledge(self) -> None:
         """Tells the controller which completions were taken (the head doorbell, NVMe Base 2.0c 3.1.3.13)."""

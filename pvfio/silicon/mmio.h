@@ -35,6 +35,21 @@ int pv_mmio_store(struct pv_mmio *mmio, uint64_t offset, uint32_t size, uint64_t
 int pv_mmio_movdir64b(struct pv_mmio *mmio, uint64_t offset, const void *src, uint64_t n);
 /* 0 accepted, -EAGAIN: the queue says retry. */
 int pv_mmio_enqcmd(struct pv_mmio *mmio, uint64_t offset, const void *src64);
+
+/* A queue of 64-byte entries in memory that the device is told the tail of, and the words in which entries differ. */
+struct pv_mmio_queue {
+    uint64_t *entries;
+    uint32_t size;
+    uint32_t word[2];
+    uint64_t doorbell; /* offset of a 4-byte register */
+};
+
+/*
+ * Entry `at` (below the size) becomes `entry`, but for those two words and bits 31:16 of word 0, which are `id`; then the
+ * doorbell gets the new tail. That tail, or -errno: the entry is there, and the device was not told (ENOTTY: mmio is NULL).
+ */
+int64_t pv_mmio_post(struct pv_mmio *mmio, const struct pv_mmio_queue *queue, uint32_t at, const uint8_t *entry, uint16_t id,
+                     uint64_t first, uint64_t second);
 /* cffi: end */
 
 #endif

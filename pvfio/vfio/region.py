@@ -68,9 +68,8 @@ class Region(ABC):
         if mmio is None:
             self.write_nowait(offset, value, size)
             return
-        for start, length in self.closed_areas:
-            if offset < start + length and start < offset + size:
-                self._check_open("doorbell", offset, size)
+        if self.closed_areas:
+            self.check_open("doorbell", offset, size)
         try:
             rc = lib.pv_mmio_store(mmio, offset, size, value)
         except OverflowError:  # not a number of 64 bits
@@ -92,7 +91,7 @@ class Region(ABC):
         if self.mmio is None:
             raise self._error(errno.ENOTTY, "movdir64b", offset, size)
         if self.closed_areas:
-            self._check_open("movdir64b", offset & ~0xFFF, 4096)
+            self.check_open("movdir64b", offset & ~0xFFF, 4096)
         try:
             rc = lib.pv_mmio_movdir64b(self.mmio, offset, data, size >> 6)
         except OverflowError:
@@ -111,7 +110,7 @@ class Region(ABC):
         if self.mmio is None:
             raise self._error(errno.ENOTTY, "enqcmd", offset, 64)
         if self.closed_areas:
-            self._check_open("enqcmd", offset, 64)
+            self.check_open("enqcmd", offset, 64)
         try:
             rc = lib.pv_mmio_enqcmd(self.mmio, offset, data)
         except OverflowError:
@@ -122,7 +121,8 @@ class Region(ABC):
             raise self._error(-rc, "enqcmd", offset, 64)
         return True
 
-    def _check_open(self, operation: str, offset: int, size: int) -> None:
+    def check_open(self, operation: str, offset: int, size: int) -> None:
+        """Raises VfioError EINVAL where a store would touch the pages of the MSI-X table or PBA."""
         for start, length in self.closed_areas:
             if offset < start + length and start < offset + size:
                 raise self._error(

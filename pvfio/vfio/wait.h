@@ -22,6 +22,8 @@ uint64_t pv_wait_bytes(const void *first, int64_t stride, uint64_t n, uint8_t ma
    Waits while that is fewer than `least` (and n). */
 uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint8_t wanted, uint64_t least,
                      uint64_t timeout_ns);
+/* One such entry, the aligned word of which holds the tag: that word, or -1 when time is up. */
+int64_t pv_wait_entry(const void *first, int64_t stride, uint64_t index, uint32_t mask, uint32_t wanted, uint64_t timeout_ns);
 /* cffi: end */
 
 #endif

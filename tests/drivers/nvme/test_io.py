@@ -115,6 +115,39 @@ async def test_submitting_and_reaping_by_hand(running: Any) -> None:
         assert queue.outstanding == 0
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("sgl", [True, False])
+async def test_one_by_one_and_by_the_array(running: Any, mapped: bool, sgl: bool) -> None:
+    async with running(entries=8, completion="polled", sgl=sgl) as r:
+        queue, count = r.queue, 25
+        data, back = await r.container.alloc((count + 2) * BLOCK), await r.container.alloc(count * BLOCK)
+        data[:] = noise(data.nbytes)
+        lbas, iovas = np.arange(count, dtype=np.uint64), addresses(data, count) + np.uint64(8)
+
+        def one(opcode: int, lba: int, iova: int) -> None:
+            cid = queue.submit_one_nowait(opcode, 1, lba, 1, iova)
+            assert queue.reap_one_nowait(1_000_000) == (cid, 0)
+
+        if not mapped:  # as where no store in C reaches the BAR
+            r.device.region(lib.VFIO_PCI_BAR0_REGION_INDEX).mmio = None
+        for number in range(0, count, 5):
+            one(lib.NVME_CMD_WRITE, number, int(iovas[number]))
+            part = slice(number + 1, number + 4)
+            queue.submit_nowait(lib.NVME_CMD_WRITE, 1, lbas[part], 1, iovas[part])
+            assert len(queue.reap_nowait(3, least=3, wait_ns=1_000_000)) == 3
+            one(lib.NVME_CMD_WRITE, number + 4, int(iovas[number + 4]))
+        for number, iova in enumerate(addresses(back, count).tolist()):
+            one(lib.NVME_CMD_READ, number, iova)
+        assert np.array_equal(back, data[8 : 8 + count * BLOCK])
+        with pytest.raises(OverflowError):
+            queue.submit_one_nowait(lib.NVME_CMD_READ, 1, 1 << 64, 1, int(iovas[0]))
+        assert (queue.outstanding, queue.room) == (0, queue.depth)
+        assert queue.reap_one_nowait() is None
+        cid = queue.submit_one_nowait(lib.NVME_CMD_READ, 1, r.nvme.namespaces[1].blocks, 1, int(iovas[0]))
+        named, status = queue.reap_one_nowait(1_000_000) or (-1, 0)
+        assert (named, status & lib.NVME_SC_MASK) == (cid, lib.NVME_SC_LBA_RANGE)
+
+
 @pytest.mark.parametrize("reset", [False, True])
 async def test_an_identifier_is_not_given_out_again_before_its_completion_was(
     running: Any, reset: bool
