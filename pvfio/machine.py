@@ -36,28 +36,28 @@ __all__ = ["DeviceSpec", "Machine", "MachineConfig", "MachineDevice"]
 _GUIDS = uuid.UUID("6d0e8c1e-7f0a-4b0e-9c55-707666696f00")
 
 
-def _make_dsa(bus: BusMaster, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
+def _make_dsa(bus: BusMaster, name: str, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
     from pvfio.devices.dsa import DsaDevice
 
     return DsaDevice(bus, engine=engine, **options)
 
 
-def _make_testdev(bus: BusMaster, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
+def _make_testdev(bus: BusMaster, name: str, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
     from pvfio.devices.testdev import TestDevice
 
     return TestDevice(bus, **options)
 
 
-def _make_rogue(bus: BusMaster, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
+def _make_rogue(bus: BusMaster, name: str, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
     from pvfio.devices.rogue import RogueDevice
 
     return RogueDevice(bus, **options)
 
 
-def _make_nvme(bus: BusMaster, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
+def _make_nvme(bus: BusMaster, name: str, engine: EngineKind, options: Mapping[str, Any]) -> VpciFunction:
     from pvfio.devices.nvme import NvmeDevice
 
-    return NvmeDevice(bus, engine=engine, **options)
+    return NvmeDevice(bus, engine=engine, **{"identity": name, **options})
 
 
 _KINDS = {"dsa": _make_dsa, "nvme": _make_nvme, "testdev": _make_testdev, "rogue": _make_rogue}
@@ -210,7 +210,7 @@ class Machine:
 
         def make(requester: Requester) -> VpciFunction:
             requesters.append(requester)
-            return _KINDS[spec.kind](requester, engine, spec.options)
+            return _KINDS[spec.kind](requester, name, engine, spec.options)
 
         function = bus.plug(number, make, pviommu=spec.pviommu)
         pci_name = bus.device_name(number)

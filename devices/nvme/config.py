@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import math
 import os
+import uuid
 from dataclasses import dataclass
 from typing import Final
 
 from pvfio.abi import lib
 
-__all__ = ["FORMATS", "NamespaceSpec", "NvmeConfig"]
+__all__ = ["FORMATS", "NamespaceSpec", "NvmeConfig", "serial_of"]
 
 FORMATS: Final[tuple[tuple[int, int], ...]] = ((9, 0), (12, 0), (9, 8), (12, 8), (12, 16))
 """The LBA formats of every namespace: block size as a power of two, bytes of metadata. Their order is Identify's."""
 
 _LONGEST_TRANSFER = 9
 _PAGE: Final = 4096
+_LONGEST_SERIAL: Final = 20
+_SERIALS: Final = uuid.UUID("5d6b9d0e-2f7b-4a53-8b58-706676696f73")
+
+
+def serial_of(identity: str) -> str:
+    """The serial number of the controller that this names: always the same one, and another for another name."""
+    plain = f"pvfio-{identity}"
+    if len(plain) <= _LONGEST_SERIAL and identity.isascii() and identity.isalnum():
+        return plain
+    return "pvfio_" + uuid.uuid5(_SERIALS, identity).hex[: _LONGEST_SERIAL - 6]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +40,12 @@ class NvmeConfig:
     ``queues``: I/O queue pairs. ``entries``: the most in a queue. ``mdts_shift``: longest transfer, a power of two of
     4 KiB. ``dstrd``: doorbell stride (4 << dstrd bytes). ``weighted``: weighted round robin is offered. ``timeout``:
     seconds after which a driver gives up waiting for CSTS.RDY. ``max_page_shift``: largest memory page size.
-    ``capacity``: bytes that namespaces may be made of at run time, beyond those the device begins with.
-    ``vectors``: MSI-X, one for the admin queue and one for each I/O queue by default. ``power_on_hours``: what the
-    health log begins with. ``poll_doorbells``: the doorbell page may be mapped, and is looked at every millisecond.
-    ``short_test_seconds``, ``extended_test_seconds``, ``sanitize_seconds``: what self-tests and sanitizing take at
-    least.
+    ``capacity``: bytes that namespaces may be made of at run time, beyond those the device begins with. ``vectors``:
+    MSI-X, one for the admin queue and one for each I/O queue by default. ``serial``: what sets the controller apart,
+    and of which the names of its subsystem and namespaces (NQN, UUID, NGUID, EUI-64) are made; empty: the device's
+    ``identity`` decides. ``power_on_hours``: what the health log begins with. ``poll_doorbells``: the doorbell page may
+    be mapped, and is looked at every millisecond. ``short_test_seconds``, ``extended_test_seconds``,
+    ``sanitize_seconds``: what self-tests and sanitizing take at least.
     Raises ``ValueError`` for what no controller can be.
     """
 
@@ -49,7 +61,7 @@ class NvmeConfig:
     vectors: int | None = None
     vendor: int = 0x1B36
     device: int = 0x0010
-    serial: str = "pvfio-0001"
+    serial: str = ""
     model: str = "pvfio NVMe Controller"
     firmware: str = "1.0"
     power_on_hours: int = 0
@@ -74,7 +86,7 @@ class NvmeConfig:
             raise ValueError(f"timeout is at most 127.5 s, not {self.timeout}")
         if self.capacity < 0 or self.capacity % _PAGE:
             raise ValueError(f"capacity is a multiple of 4096, not {self.capacity}")
-        for name, length in {"serial": 20, "model": 40, "firmware": 8}.items():
+        for name, length in {"serial": _LONGEST_SERIAL, "model": 40, "firmware": 8}.items():
             value = getattr(self, name)
             if len(value) > length or not value.isascii():
                 raise ValueError(f"{name} is at most {length} ASCII characters, not {value!r}")

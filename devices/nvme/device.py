@@ -6,6 +6,7 @@ See nvme_engine.h for what the data path does not model.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import weakref
@@ -19,7 +20,7 @@ from pvfio.devices.nvme.admin import Admin
 from pvfio.devices.nvme.admin_namespaces import NamespaceCommands
 from pvfio.devices.nvme.admin_queues import QueueCommands
 from pvfio.devices.nvme.background import Background
-from pvfio.devices.nvme.config import NamespaceSpec, NvmeConfig
+from pvfio.devices.nvme.config import NamespaceSpec, NvmeConfig, serial_of
 from pvfio.devices.nvme.events import AsyncEvents
 from pvfio.devices.nvme.faults import FaultHooks
 from pvfio.devices.nvme.feature_table import UNTIL_POWER_CYCLE, FeatureTable
@@ -48,9 +49,10 @@ class NvmeDevice(FaultHooks, PciFunction):
     """An NVMe controller.
 
     ``engine``: ``"inline"`` runs commands in whoever rings a doorbell, ``"thread"`` in a thread of the device's own;
-    the attribute ``engine`` is its handle. ``seed``: of injected faults (``inject``). ``health`` is what the drive says
-    of itself. Admin commands are executed by ``run``. Raises ``MemoryError``, and ``OSError`` for an image that cannot
-    be opened.
+    the attribute ``engine`` is its handle. ``identity``: what this controller is called where it is (a machine's name
+    for it, a socket's path), of which its serial number is made unless ``config`` has one: to a driver, two controllers
+    with the same are one. ``seed``: of injected faults (``inject``). ``health`` is what the drive says of itself. Admin
+    commands are executed by ``run``. Raises ``MemoryError``, and ``OSError`` for an image that cannot be opened.
     """
 
     def __init__(
@@ -60,10 +62,13 @@ class NvmeDevice(FaultHooks, PciFunction):
         engine: EngineKind = "inline",
         config: NvmeConfig | None = None,
         namespaces: Sequence[NamespaceSpec] = (NamespaceSpec(),),
+        identity: str = "nvme",
         ats: bool = True,
         seed: int = 0,
     ) -> None:
-        self.nvme_config = config = config or NvmeConfig()
+        config = config or NvmeConfig()
+        config = dataclasses.replace(config, serial=config.serial or serial_of(identity))
+        self.nvme_config = config
         msix = MsixLayout(bar=_BAR, offset=config.msix_offset, vectors=config.vector_count)
         size = 1 << (msix.offset + msix.size - 1).bit_length()
         areas = ((_DOORBELLS, config.doorbell_bytes),) if config.poll_doorbells else ()

@@ -134,15 +134,16 @@ class Namespaces:
             raise ValueError(f"more than {self._config.max_namespaces} namespaces")
         whole, backing = _open(spec)
         self._made += 1
-        number = self._made.to_bytes(5)
+        name = uuid.uuid5(_UUIDS, f"{self._config.serial} {self._made}")
+        eui64 = _OUI + name.bytes[:5]
         made = Namespace(
             nsid,
             spec,
             size or whole,
             ffi.gc(backing, lib.pv_nvme_backing_put),
-            eui64=_OUI + number,
-            nguid=bytes(8) + _OUI + number,
-            uuid=uuid.uuid5(_UUIDS, f"{self._config.serial} {self._made}").bytes,
+            eui64=eui64,
+            nguid=name.bytes[8:] + eui64,
+            uuid=name.bytes,
         )
         self.by_nsid[nsid] = made
         try:

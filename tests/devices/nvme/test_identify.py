@@ -16,7 +16,7 @@ pytestmark = pytest.mark.touches_c
 async def test_controller(place: Place, engine: EngineKind) -> None:
     async with running(place=place, engine=engine) as rig:
         page = await rig.identify(lib.NVME_ID_CNS_CTRL, kind="nvme_id_ctrl")
-        assert bytes(page.sn).rstrip() == b"pvfio-0001"
+        assert bytes(page.sn).rstrip() == (b"pvfio-nvme" if place == "table" else b"pvfio-nvme0")
         assert (page.ver, page.cntrltype, page.nn) == (lib.NVME_VS_2_0, 1, 32)
         assert (page.sqes, page.cqes, page.mdts) == (0x66, 0x44, 9)
         assert page.oacs & (1 | lib.NVME_OACS_DBBUF) == lib.NVME_OACS_DBBUF
