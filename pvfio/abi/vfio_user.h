@@ -7,7 +7,7 @@
  */
 
 #define VFIO_USER_MAJOR 0
-#define VFIO_USER_MINOR 0
+#define VFIO_USER_MINOR 1
 
 /* Commands. DMA_READ and DMA_WRITE go from the server to the client, all others to the server. */
 #define VFIO_USER_VERSION 1
