@@ -35,13 +35,15 @@ class MemoryStats:
 class GuestMemory:
     """Guest RAM of ``size`` bytes (a multiple of 2 MiB), and ``host_private`` bytes for the host's own tables.
 
-    ``seed`` decides the permutation between GPA and HPA. Raises ``ValueError`` for sizes that cannot be and ``OSError``
-    where the system has no room. The memory lives as long as any ``DmaBuffer`` of it.
+    ``seed`` decides the permutation between GPA and HPA; None: there is none, both are in the order of the memfd, which
+    keeps buffers in one piece there. Raises ``ValueError`` for sizes that cannot be, ``OSError`` where the system has
+    no room. The memory lives as long as any ``DmaBuffer`` of it.
     """
 
-    def __init__(self, size: int, *, host_private: int = 64 << 20, seed: int = 0) -> None:
+    def __init__(self, size: int, *, host_private: int = 64 << 20, seed: int | None = 0) -> None:
         error = ffi.new("int *")
-        ptr = lib.pv_memory_create(size, host_private, seed & _NONE, error)
+        number = lib.PV_SEED_STRAIGHT if seed is None else seed & _NONE
+        ptr = lib.pv_memory_create(size, host_private, number, error)
         if ptr == ffi.NULL:
             if error[0] == -errno.EINVAL:
                 raise ValueError(f"guest RAM of {size} bytes: not a multiple of 2 MiB, or out of range")
@@ -165,6 +167,24 @@ class GuestMemory:
             runs = ffi.new("struct pv_run[]", count)
             lib.pv_memory_runs(self.ptr, vaddr, size, runs, count)
         return [(runs[i].gpa, runs[i].size) for i in range(count)]
+
+    def file_pieces(self, vaddr: int, size: int) -> list[tuple[int, int]]:
+        """Where [vaddr, vaddr + size) is in the memfd ``fd``: (offset, bytes), in order, as few as there can be.
+
+        Raises as ``pin``.
+        """
+        pieces: list[tuple[int, int]] = []
+        for gpa, length in self.runs(vaddr, size):
+            while length:
+                offset = lib.pv_memory_gpa_to_hpa(self.ptr, gpa) - lib.PV_HPA_RAM_BASE
+                step = min(length, BLOCK_SIZE - gpa % BLOCK_SIZE)
+                if pieces and sum(pieces[-1]) == offset:
+                    pieces[-1] = pieces[-1][0], pieces[-1][1] + step
+                else:
+                    pieces.append((offset, step))
+                gpa += step
+                length -= step
+        return pieces
 
 
 class _KeepAlive:

@@ -4,6 +4,7 @@
 #include "memory.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -51,11 +52,13 @@ static int map_views(struct pv_memory *m, uint64_t host_size)
     return 0;
 }
 
-/* A seeded Fisher-Yates shuffle over splitmix64. */
+/* A seeded Fisher-Yates shuffle over splitmix64; none for PV_SEED_STRAIGHT. */
 static void shuffle(uint32_t *block, uint32_t count, uint64_t seed)
 {
     for (uint32_t i = 0; i < count; i++)
         block[i] = i;
+    if (seed == PV_SEED_STRAIGHT)
+        return;
     for (uint32_t i = count - 1; i > 0 && count; i--) {
         uint64_t z = (seed += 0x9e3779b97f4a7c15);
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
@@ -87,8 +90,9 @@ static int memory_init(struct pv_memory *m, uint64_t host_size, uint64_t seed)
         m->head[i] = NO_FRAME;
     m->host_free_head = NO_FRAME;
     shuffle(m->block_hpa, blocks, seed);
-    m->fd = memfd_create("pvfio-guest-ram", MFD_CLOEXEC);
-    if (m->fd < 0 || ftruncate(m->fd, (off_t)m->size))
+    m->fd = memfd_create("pvfio-guest-ram", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (m->fd < 0 || ftruncate(m->fd, (off_t)m->size) ||
+        fcntl(m->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
         return -errno;
     int error = map_views(m, host_size);
     if (!error)

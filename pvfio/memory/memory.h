@@ -24,6 +24,7 @@
 #define PV_HPA_HOST_BASE 0x1000000000
 #define PV_HPA_RAM_BASE 0x4000000000
 #define PV_PHYS_NONE 0xffffffffffffffff
+#define PV_SEED_STRAIGHT 0xffffffffffffffff /* no permutation: the guest sees the blocks in memfd order */
 
 #define PV_ALLOC_SCATTERED 1 /* every page from a different place, none next to its neighbour */
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,15 @@ from pvfio.errors import VfioBatchError, VfioError
 if TYPE_CHECKING:
     from pvfio.memory import DmaBuffer
 
-__all__ = ["BatchFile", "BatchOperations", "UnmapMismatch", "Words"]
+__all__ = [
+    "BatchFile",
+    "BatchOperations",
+    "MapBatch",
+    "UnmapMismatch",
+    "Words",
+    "batch_of",
+    "ranges_of",
+]
 
 Words = npt.NDArray[np.uint64]
 """Shape (n,), contiguous: addresses or bytes."""
@@ -89,25 +97,12 @@ class BatchOperations(ABC):
         gives for it; those before it are unmapped again, and devices may have used them until then. Raises
         ValueError for shapes, TypeError for dtypes that cannot be.
         """
-        buffers = _buffers(memory)
-        at = _words("iovas", iovas)
-        if buffers is None:
-            addresses = _words("memory", memory, len(at))
-        else:
-            addresses = _words("memory", [buffer.vaddr for buffer in buffers], len(at))
-            if sizes is None:
-                sizes = [buffer.nbytes_mapped or buffer.nbytes for buffer in buffers]
-        if sizes is None:
-            raise ValueError("memory by its addresses needs sizes")
-        lengths = _words("sizes", sizes, len(at))
-        flags = (_READ if read else 0) | (_WRITE if write else 0)
+        maps = batch_of(iovas, memory, sizes, read=read, write=write)
         if self._batch_file is not None:
-            self._batch_file.map_batch(at, addresses, lengths, flags)
+            self._batch_file.map_batch(maps.iovas, maps.vaddrs, maps.sizes, maps.flags)
         else:
-            self._map_loop(at.tolist(), addresses.tolist(), lengths.tolist(), flags)
-        if buffers is not None:
-            for buffer, iova, size in zip(buffers, at.tolist(), lengths.tolist(), strict=True):
-                self._mapped(buffer, iova, size)
+            self._map_loop(maps)
+        self._batch_mapped(maps)
 
     async def map_dma_batch(
         self,
@@ -130,8 +125,7 @@ class BatchOperations(ABC):
         that is refused: those before it are unmapped (``unmapped`` has their bytes), it and those after it are not.
         Raises ValueError for shapes, TypeError for dtypes that cannot be.
         """
-        at = _words("iovas", iovas)
-        lengths = _words("sizes", sizes, len(at))
+        at, lengths = ranges_of(iovas, sizes)
         if self._batch_file is not None:
             return self._batch_file.unmap_batch(at, lengths)
         unmapped = np.zeros(len(at), np.uint64)
@@ -151,24 +145,24 @@ class BatchOperations(ABC):
         """As ``try_unmap_dma_batch_nowait``; raises ``UnmapMismatch`` for the first range of which another number of
         bytes was unmapped than asked. All of them have been dealt with then.
         """
-        unmapped = self.try_unmap_dma_batch_nowait(iovas, sizes)
-        asked = np.broadcast_to(np.asarray(sizes, np.uint64), unmapped.shape)
-        wrong = unmapped != asked
-        if wrong.any():
-            index = int(wrong.argmax())
-            raise UnmapMismatch(int(np.asarray(iovas)[index]), int(asked[index]), int(unmapped[index]))
-        return unmapped
+        return _all_of_them(iovas, sizes, self.try_unmap_dma_batch_nowait(iovas, sizes))
 
     async def unmap_dma_batch(self, iovas: npt.ArrayLike, sizes: npt.ArrayLike) -> Words:
         """As ``unmap_dma_batch_nowait``. Cancelled: nothing is unmapped."""
-        await trio.lowlevel.checkpoint()
-        return self.unmap_dma_batch_nowait(iovas, sizes)
+        return _all_of_them(iovas, sizes, await self.try_unmap_dma_batch(iovas, sizes))
 
-    def _map_loop(self, iovas: list[int], vaddrs: list[int], sizes: list[int], flags: int) -> None:
+    def _batch_mapped(self, maps: MapBatch) -> None:
+        if maps.buffers is not None:
+            ranges = zip(maps.buffers, maps.iovas.tolist(), maps.sizes.tolist(), strict=True)
+            for buffer, iova, size in ranges:
+                self._mapped(buffer, iova, size)
+
+    def _map_loop(self, maps: MapBatch) -> None:
+        iovas, vaddrs, sizes = maps.iovas.tolist(), maps.vaddrs.tolist(), maps.sizes.tolist()
         done = 0
         try:
             for iova, vaddr, size in zip(iovas, vaddrs, sizes, strict=True):
-                self._map_address_nowait(iova, vaddr, size, flags)
+                self._map_address_nowait(iova, vaddr, size, maps.flags)
                 done += 1
         except BaseException as error:
             for iova, size in zip(iovas[:done], sizes[:done], strict=True):
@@ -176,6 +170,55 @@ class BatchOperations(ABC):
             if isinstance(error, VfioError):
                 raise VfioBatchError(error, done) from None
             raise
+
+
+class MapBatch(NamedTuple):
+    """A batch of mappings: three arrays of one length, the flags of all, and the buffers where it was made of such."""
+
+    iovas: Words
+    vaddrs: Words
+    sizes: Words
+    flags: int
+    buffers: Sequence[DmaBuffer] | None
+
+
+def batch_of(
+    iovas: npt.ArrayLike,
+    memory: npt.ArrayLike | Sequence[DmaBuffer],
+    sizes: npt.ArrayLike | None,
+    *,
+    read: bool,
+    write: bool,
+) -> MapBatch:
+    """The arguments of ``map_dma_batch``, checked as far as arrays can be."""
+    buffers = _buffers(memory)
+    at = _words("iovas", iovas)
+    if buffers is None:
+        addresses = _words("memory", memory, len(at))
+    else:
+        addresses = _words("memory", [buffer.vaddr for buffer in buffers], len(at))
+        if sizes is None:
+            sizes = [buffer.nbytes_mapped or buffer.nbytes for buffer in buffers]
+    if sizes is None:
+        raise ValueError("memory by its addresses needs sizes")
+    flags = (_READ if read else 0) | (_WRITE if write else 0)
+    return MapBatch(at, addresses, _words("sizes", sizes, len(at)), flags, buffers)
+
+
+def ranges_of(iovas: npt.ArrayLike, sizes: npt.ArrayLike) -> tuple[Words, Words]:
+    """The arguments of ``try_unmap_dma_batch``, checked as far as arrays can be."""
+    at = _words("iovas", iovas)
+    return at, _words("sizes", sizes, len(at))
+
+
+def _all_of_them(iovas: npt.ArrayLike, sizes: npt.ArrayLike, unmapped: Words) -> Words:
+    """What was unmapped. Raises ``UnmapMismatch`` where it is not what was asked."""
+    asked = np.broadcast_to(np.asarray(sizes, np.uint64), unmapped.shape)
+    wrong = unmapped != asked
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise UnmapMismatch(int(np.asarray(iovas)[index]), int(asked[index]), int(unmapped[index]))
+    return unmapped
 
 
 def _buffers(memory: Any) -> Sequence[DmaBuffer] | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pvfio.memory import DmaBuffer
     from pvfio.vfio.iommufd import Iommufd
 
-__all__ = ["EVERYTHING", "Ioas", "address_of", "command_of"]
+__all__ = ["EVERYTHING", "Ioas", "address_of", "command_of", "extent_of"]
 
 EVERYTHING = (1 << 64) - 1
 """``unmap(0, EVERYTHING)`` unmaps everything; ``invalidate(0, EVERYTHING)`` invalidates all pages."""
@@ -54,7 +54,7 @@ class Ioas(Container):
         EOVERFLOW, EEXIST, ENOSPC; once a page table is there also EFAULT (not memory that can be pinned), ENOMEM
         (memlock).
         """
-        vaddr, length, plain = _extent(buffer)
+        vaddr, length, plain = extent_of(buffer)
         placed = self._map_address(vaddr, length, iova, _flags(read, write))
         self._kept[placed] = length, buffer
         if not plain:
@@ -290,7 +290,7 @@ def _flags(read: bool, write: bool) -> int:
     return int((lib.IOMMU_IOAS_MAP_READABLE if read else 0) | (lib.IOMMU_IOAS_MAP_WRITEABLE if write else 0))
 
 
-def _extent(buffer: Any) -> tuple[int, int, bool]:
+def extent_of(buffer: Any) -> tuple[int, int, bool]:
     """Process address and bytes to map, and whether the buffer is no DmaBuffer. ``TypeError`` for what is no
     memory.
     """

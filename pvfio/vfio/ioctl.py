@@ -20,7 +20,7 @@ from pvfio.vfio.batch import BatchFile
 from pvfio.vfio.container import Container, IommuInfo, MigrationInfo
 from pvfio.vfio.device import Device, DeviceInfo
 from pvfio.vfio.group import Group, GroupStatus
-from pvfio.vfio.irq import Irq
+from pvfio.vfio.irq import Irq, close_all
 from pvfio.vfio.region import Region
 
 if TYPE_CHECKING:
@@ -347,7 +347,10 @@ class IoctlIrq(Irq):
         super().__init__(device, index, info.count, info.flags)
         self._file = file
 
-    def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
+    async def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
+        self._set_nowait(flags, start, count, data)
+
+    def _set_nowait(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
         size = ffi.sizeof("struct vfio_irq_set")
         memory = ffi.new("uint8_t[]", size + len(data))
         request = ffi.cast("struct vfio_irq_set *", memory)
@@ -366,7 +369,12 @@ class IoctlIrq(Irq):
 
     def close(self) -> None:
         """The device is being closed: waiting tasks are told, eventfds closed."""
-        self._disable()
+        fds = self._take()
+        if fds:
+            try:
+                self._set_nowait(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0)
+            finally:
+                close_all(fds)
 
 
 class IoctlDevice(Device):

@@ -1,6 +1,6 @@
 """An interrupt index of a device: eventfds for its vectors, and waiting for them.
 
-The eventfds are the user's side and live here; ``_set`` hands VFIO_DEVICE_SET_IRQS to the backend.
+The eventfds are the user's side and live here; ``_set`` hands VFIO_DEVICE_SET_IRQS to the backend, which may wait.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import trio
 from pvfio.abi import lib
 from pvfio.errors import DeadlineExceeded, VfioError
 
-__all__ = ["Irq"]
+__all__ = ["Irq", "close_all"]
+
+_TEAR_DOWN: int = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
 
 
 class Irq(ABC):
@@ -29,8 +31,10 @@ class Irq(ABC):
         self._fds: list[int] = []
 
     @abstractmethod
-    def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
-        """VFIO_DEVICE_SET_IRQS. Raises VfioError."""
+    async def _set(self, flags: int, start: int, count: int, data: bytes = b"") -> None:
+        """VFIO_DEVICE_SET_IRQS; after a checkpoint, so it need not be one. Raises VfioError. Cancelled: not set, unless
+        it tears down, which it finishes.
+        """
 
     @property
     def enabled(self) -> int:
@@ -51,7 +55,7 @@ class Irq(ABC):
         fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(n)]
         flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         try:
-            self._set(flags, 0, n, struct.pack(f"={n}i", *fds))
+            await self._set(flags, 0, n, struct.pack(f"={n}i", *fds))
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -61,10 +65,15 @@ class Irq(ABC):
     async def disable(self) -> None:
         """Tears the index down and closes its eventfds; tasks that wait get trio.ClosedResourceError.
 
-        Nothing happens when it is not enabled. Cancelled: still enabled.
+        Nothing happens when it is not enabled. Cancelled: still enabled, unless it had begun.
         """
         await trio.lowlevel.checkpoint()
-        self._disable()
+        fds = self._take()
+        if fds:
+            try:
+                await self._set(_TEAR_DOWN, 0, 0)
+            finally:
+                close_all(fds)
 
     async def wait(self, vector: int = 0, *, deadline: float) -> int:
         """Waits until the vector has fired; returns how often it has since the last wait (at least 1).
@@ -100,17 +109,17 @@ class Irq(ABC):
     async def trigger(self, vector: int = 0) -> None:
         """Fires a vector from here (loopback), as if the device had. Cancelled: not fired."""
         await trio.lowlevel.checkpoint()
-        self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, vector, 1)
+        await self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, vector, 1)
 
     async def mask(self, vector: int = 0) -> None:
         """Masks. INTx only: MSI and MSI-X raise VfioError ENOTTY, as Linux does. Cancelled: not masked."""
         await trio.lowlevel.checkpoint()
-        self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_MASK, vector, 1)
+        await self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_MASK, vector, 1)
 
     async def unmask(self, vector: int = 0) -> None:
         """Unmasks; INTx masks itself whenever it fires. Otherwise as ``mask``."""
         await trio.lowlevel.checkpoint()
-        self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_UNMASK, vector, 1)
+        await self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_UNMASK, vector, 1)
 
     def fd(self, vector: int = 0) -> int:
         """The eventfd of a vector; it stays this object's. Raises VfioError EINVAL for one that is not
@@ -122,13 +131,15 @@ class Irq(ABC):
             )
         return self._fds[vector]
 
-    def _disable(self) -> None:
-        if not self._fds:
-            return
+    def _take(self) -> list[int]:
+        """The eventfds of an index that is being torn down; waiting tasks are told."""
         fds, self._fds = self._fds, []
-        try:
-            self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0)
-        finally:
-            for fd in fds:
-                trio.lowlevel.notify_closing(fd)
-                os.close(fd)
+        for fd in fds:
+            trio.lowlevel.notify_closing(fd)
+        return fds
+
+
+def close_all(fds: list[int]) -> None:
+    """Closes eventfds that ``_take`` gave."""
+    for fd in fds:
+        os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 from typing import Any
 
 import numpy as np
@@ -303,3 +304,26 @@ def test_runs_of_any_piece(data: Any, pages: int, scattered: bool) -> None:
     buffer[:] = np.random.default_rng(pages).integers(0, 256, buffer.size, dtype=np.uint8)
     runs = memory.runs(buffer.vaddr + start, size)
     assert b"".join(bytes(memory.view_guest(*run)) for run in runs) == buffer[start : start + size].tobytes()
+
+
+def test_where_a_buffer_is_in_the_memfd() -> None:
+    """Its pieces, read from the file, are its bytes; without a permutation a contiguous buffer is one piece."""
+    for seed, least in ((None, 1), (3, 5)):
+        memory = GuestMemory(64 << 20, seed=seed)
+        whole, scattered = memory.alloc(10 << 20), memory.alloc(5 * 4096, scattered=True)
+        for buffer, fewest in ((whole, least), (scattered, 5)):
+            buffer[:] = np.random.default_rng(1).integers(0, 256, buffer.nbytes)
+            pieces = memory.file_pieces(buffer.vaddr, buffer.nbytes)
+            assert b"".join(os.pread(memory.fd, size, offset) for offset, size in pieces) == buffer.tobytes()
+            assert len(pieces) >= fewest
+        if seed is None:
+            assert len(memory.file_pieces(whole.vaddr, whole.nbytes)) == 1
+        with pytest.raises(VfioError):
+            memory.file_pieces(whole.vaddr, (10 << 20) + 4096)
+
+
+def test_the_memfd_cannot_be_truncated() -> None:
+    memory = GuestMemory(2 << 20)
+    for size in (0, 1 << 20, 4 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, size)
