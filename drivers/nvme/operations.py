@@ -205,14 +205,16 @@ class QueuePair(VectorQueue):
     def _extent(self, nsid: int, lba: int, *buffers: DmaBuffer) -> tuple[Namespace, int]:
         """The namespace, and how many blocks the buffers are. ``ValueError`` for what is not whole blocks."""
         namespace = self._namespace(nsid)
-        size = sum(buffer.nbytes for buffer in buffers)
+        size = 0
+        for buffer in buffers:
+            iova = buffer.iova
+            if iova is None:
+                raise ValueError("the buffer is not mapped: the controller cannot reach it")
+            if iova % 4 or not buffer.flags.c_contiguous:
+                raise ValueError("a buffer is contiguous and begins at a multiple of four bytes")
+            size += buffer.nbytes
         if not size or size % namespace.transfer_size:
             raise ValueError(f"{size} bytes are not whole blocks of {namespace.transfer_size} bytes")
-        for buffer in buffers:
-            if buffer.iova is None:
-                raise ValueError("the buffer is not mapped: the controller cannot reach it")
-            if buffer.iova % 4 or not buffer.flags.c_contiguous:
-                raise ValueError("a buffer is contiguous and begins at a multiple of four bytes")
         if lba < 0:
             raise ValueError(f"no block has the number {lba}")
         return namespace, size // namespace.transfer_size

@@ -253,9 +253,7 @@ class VectorQueue(CommandQueue):
             since = self._ring.since[self._ring.since > 0]
             oldest = int(since.min()) if len(since) else self._now()
             left = seconds - (self._now() - oldest) / 1e9
-            with trio.move_on_after(max(0.0, left)) as scope:
-                await self._until(self._something)
-            if scope.cancelled_caught:
+            if not await self._until(self._something, left):
                 await self._make_safe(
                     lambda: not self._overdue(seconds), lambda: self._overdue(seconds), grace=0
                 )

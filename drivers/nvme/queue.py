@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.drivers.nvme.errors import NvmeError, OperationAborted
-from pvfio.drivers.nvme.ring import Completions, Ring
+from pvfio.drivers.nvme.ring import NOTHING, Completions, Ring
 from pvfio.drivers.nvme.sqe import Sqe
 from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 
@@ -152,8 +153,7 @@ class CommandQueue:
             await self._wait_for_room(count, seconds, operation)
         start(command)
         try:
-            with trio.move_on_after(seconds):
-                await self._until(lambda: command.done)
+            await self._until(lambda: command.done, seconds)
         except BaseException:
             if not privileged:
                 await self._make_safe(lambda: command.done, lambda: [command.cid])
@@ -225,27 +225,30 @@ class CommandQueue:
         return self._hand_out(taken) if self._waiters else taken
 
     def _hand_out(self, taken: Completions) -> Completions:
-        cids, status, results = taken.cids, taken.status, self._ring.results(len(taken))
-        others = []
-        for index, cid in enumerate(cids.tolist()):
+        cids = taken.cids.tolist()
+        if self._waiters.keys().isdisjoint(cids):
+            return taken
+        results, others = self._ring.results(len(cids)), []
+        for index, (cid, status) in enumerate(zip(cids, taken.status.tolist(), strict=True)):
             command = self._waiters.pop(cid, None)
             if command is None:
                 others.append(index)
                 continue
-            command.status, command.result = int(status[index]), results[index]
+            command.status, command.result = status, results[index]
             command.done = True
-        if len(others) == len(cids):
-            return taken
-        self._ring.release(np.delete(cids, others))
-        self._lot.unpark_all()
-        status = status[others]
-        return Completions(cids[others], status, int(np.count_nonzero(status)))
+        if self._lot:
+            self._lot.unpark_all()
+        self._ring.release(np.delete(taken.cids, others) if others else taken.cids)
+        if not others:
+            return NOTHING
+        left = taken.status[others]
+        return Completions(taken.cids[others], left, int(np.count_nonzero(left)))
 
     def _look(self, wait_ns: int = 0) -> bool:
         """Takes everything that is complete; whether there was anything."""
         found = False
-        while (taken := self._collect(wait_ns=0 if found else wait_ns)) is not None:
-            found = True
+        while self.outstanding and (taken := self._collect(wait_ns=wait_ns)) is not None:
+            found, wait_ns = True, 0
             if len(taken):
                 self._keep(taken)
         return found
@@ -254,57 +257,77 @@ class CommandQueue:
         """Completions that nobody waits for by name."""
         self._ready.append(taken)
 
-    async def _until(self, wanted: Callable[[], bool]) -> None:
-        """Looks at the queue until something is so. Checkpoints."""
-        polled = self._completion == "polled" or self._irq is None
-        if polled:
-            await self._until_polled(wanted)
-            return
-        waited = False
-        while not wanted():
-            if self._look() or (self._completion == "hybrid" and not self._paused and self._look(_SPIN_NS)):
-                continue
-            waited = True
-            if self._listener is not None:
-                await self._lot.park()
+    async def _until(self, wanted: Callable[[], bool], seconds: float = inf) -> bool:
+        """Looks at the queue until something is so, for up to that long; whether it is. Checkpoints."""
+        if self._completion == "polled" or self._irq is None:
+            return await self._until_polled(wanted, seconds)
+        end = self._clock() + seconds
+        spin = _SPIN_NS if self._completion == "hybrid" and not self._paused else 0
+        if spin:
+            await trio.lowlevel.checkpoint()  # the controller is at work meanwhile
+        waited = spin > 0
+        while True:
+            self._look(spin)
+            if wanted():
+                break
+            if self._clock() >= end:
+                return False
+            spin, waited = 0, True
+            if self._listener is None:
+                await self._listen(end)
             else:
-                await self._listen()
+                self._listener.deadline = min(self._listener.deadline, end)
+                await self._lot.park()
         if not waited:
             await trio.lowlevel.checkpoint()
+        return True
 
-    async def _listen(self) -> None:
-        """Waits for the interrupt, on behalf of every task that waits for a command of this queue."""
+    async def _listen(self, end: float) -> None:
+        """Waits for the interrupt, on behalf of every task that waits for a command of this queue, and not beyond
+        ``end``. One scope has the deadlines of them all.
+        """
         assert self._irq is not None
         irq, vector = self._irq
+        due = self._clock() + _LIVENESS
         try:
-            with trio.CancelScope() as self._listener:
+            with trio.CancelScope(deadline=min(end, due)) as self._listener:
                 try:
-                    await irq.wait(vector, deadline=_LIVENESS)
+                    await irq.fired(vector)
                 except (trio.ClosedResourceError, VfioError):  # torn down: whoever did it wakes us
                     await trio.sleep(_LIVENESS)
-        except DeadlineExceeded:
-            await self._controller.look_after()
+                return
         finally:
             self._listener = None
             self._lot.unpark_all()
+        if self._clock() >= due:
+            await self._controller.look_after()
 
-    async def _until_polled(self, wanted: Callable[[], bool]) -> None:
+    async def _until_polled(self, wanted: Callable[[], bool], seconds: float = inf) -> bool:
+        """As ``_until``, without the interrupt."""
+        end = self._clock() + seconds
         rounds, nap, slept = 0, _FIRST_NAP, 0.0
-        while not wanted():
-            if self._look(_SPIN_NS):
+        while True:
+            await trio.lowlevel.checkpoint()  # the controller is at work meanwhile
+            if wanted():
+                return True
+            found = self._look(_SPIN_NS)
+            if wanted():
+                return True
+            now = self._clock()
+            if now >= end:
+                return False
+            if found:
                 rounds, nap = 0, _FIRST_NAP
                 continue
             rounds += 1
             if rounds < _EAGER_ROUNDS:
-                await trio.lowlevel.checkpoint()
                 continue
-            await trio.sleep(nap)
+            await trio.sleep(min(nap, end - now))
             slept += nap
             nap = min(2 * nap, _LONGEST_NAP)
             if slept >= _LIVENESS:
                 slept = 0.0
                 await self._controller.look_after()
-        await trio.lowlevel.checkpoint()
 
     # Taking back
 
@@ -319,9 +342,7 @@ class CommandQueue:
         """
         with trio.CancelScope(shield=True):
             seconds = self._controller.grace if grace is None else grace
-            with trio.move_on_after(seconds):
-                await self._until_polled(done)
-            if not done():
+            if not await self._until_polled(done, seconds):
                 await self._controller.take_back(self, done, cids)
 
     def _sweep(self, reason: str) -> None:

@@ -300,8 +300,7 @@ class Controller:
     ) -> None:
         for cid in cids():
             await self.admin.abort(queue.id, cid, deadline=self.admin_deadline, privileged=True)
-        with trio.move_on_after(self.admin_deadline):
-            await queue._until_polled(done)
+        await queue._until_polled(done, self.admin_deadline)
 
     async def look_after(self) -> None:
         """Whether the controller is still there and well; a removed one fails everything, a failed one is reset."""

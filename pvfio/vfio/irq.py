@@ -81,23 +81,27 @@ class Irq(ABC):
         ``deadline`` is in seconds; raises DeadlineExceeded. Raises VfioError EINVAL for a vector that is not
         enabled, trio.ClosedResourceError when it is disabled meanwhile. Cancelled: no interrupt is lost.
         """
+        with trio.move_on_after(deadline):
+            return await self.fired(vector)
+        raise DeadlineExceeded(f"wait for interrupt {self.index}.{vector}", deadline, device=self.device)
+
+    async def fired(self, vector: int = 0) -> int:
+        """As ``wait``, for a caller whose scope has a deadline already."""
         fd = self.fd(vector)
         await trio.lowlevel.checkpoint_if_cancelled()
         waited = False
-        with trio.move_on_after(deadline):
-            while True:
-                if self._fds[vector : vector + 1] != [fd]:
-                    raise trio.ClosedResourceError(f"interrupts of {self.device} were disabled")
-                try:
-                    count = os.eventfd_read(fd)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_readable(fd)
-                    waited = True
-                    continue
-                if not waited:
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                return count
-        raise DeadlineExceeded(f"wait for interrupt {self.index}.{vector}", deadline, device=self.device)
+        while True:
+            if self._fds[vector : vector + 1] != [fd]:
+                raise trio.ClosedResourceError(f"interrupts of {self.device} were disabled")
+            try:
+                count = os.eventfd_read(fd)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(fd)
+                waited = True
+                continue
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            return count
 
     def wait_nowait(self, vector: int = 0) -> int:
         """How often the vector has fired since the last wait; raises trio.WouldBlock when it has not."""
