@@ -1,6 +1,6 @@
 """What is hardware on the data path: walker, IOTLB, bus masters, engines, MSI-X."""
 
-from pvfio.silicon.bus import READ, WRITE, BusMaster, DmaAborted, DmaCancelled, TableBus
+from pvfio.silicon.bus import READ, WRITE, BusMaster, DmaAborted, DmaCancelled, TableBus, is_eventfd
 from pvfio.silicon.engine import Engine, EngineKind, EngineStats
 from pvfio.silicon.iommu import (
     BLOCKED,
@@ -43,4 +43,5 @@ __all__ = [
     "TlbStats",
     "Walk",
     "WalkStep",
+    "is_eventfd",
 ]

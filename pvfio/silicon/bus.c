@@ -6,84 +6,22 @@
 #include <errno.h>
 #include <string.h>
 
+#include "bus_private.h"
 #include "iommu.h"
 #include "move.h"
-
-/* An open section and how much of it is used up. */
-struct section {
-    struct pv_bus *bus;
-    uint64_t left;
-};
-
-static inline int section_open(struct section *s, struct pv_bus *bus)
-{
-    s->bus = bus;
-    s->left = PV_SECTION_BYTES;
-    if (atomic_load_explicit(&bus->cancel, memory_order_acquire))
-        return -ECANCELED;
-    bus->ops->enter(bus);
-    return 0;
-}
-
-static inline void section_close(struct section *s)
-{
-    s->bus->ops->leave(s->bus);
-}
-
-/* Accounts `n` bytes; a used-up section is closed and another opened. Translations from before are void then. */
-static inline int section_use(struct section *s, uint64_t n)
-{
-    if (n < s->left) {
-        s->left -= n;
-        return 0;
-    }
-    section_close(s);
-    return section_open(s, s->bus);
-}
-
-static inline uint64_t min64(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
 
 static inline void begin(struct pv_dma *dma)
 {
     *dma = (struct pv_dma){0};
 }
 
-static int fault(struct pv_dma *dma, uint64_t iova, uint32_t perm)
-{
-    dma->fault_iova = iova;
-    dma->perm = perm;
-    return -EFAULT;
-}
-
-/* One translation of at most `n` bytes and of what the section has left. */
-static inline int translate(struct section *s, uint64_t iova, uint32_t perm, uint64_t n, struct pv_span *span,
-                            struct pv_dma *dma)
-{
-    if (s->bus->ops->translate(s->bus, iova, perm, span))
-        return fault(dma, iova, perm);
-    span->len = min64(span->len, min64(n, s->left));
-    return 0;
-}
-
-/* One of the ranges that an operation goes through in step. */
-struct range {
-    uint64_t iova;
-    uint32_t perm;
-};
-
-/* Sees the piece of every range, `len` bytes each, inside a section; not zero ends the walk with that value. */
-typedef int (*piece_fn)(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma);
-
 /*
  * The one loop of every forward operation: translates the ranges in their order, each limited to the shortest before
- * it. Always inline: `count` and `fn` are constants at every call.
+ * it. Always inline: `count`, `fn` and `after` are constants at every call.
  */
 static inline __attribute__((always_inline)) int walk_ranges(struct pv_bus *bus, const struct range *ranges,
-                                                             unsigned count, uint64_t n, piece_fn fn, void *arg,
-                                                             struct pv_dma *dma)
+                                                             unsigned count, uint64_t n, piece_fn fn,
+                                                             piece_fn after, void *arg, struct pv_dma *dma)
 {
     struct section s;
     begin(dma);
@@ -93,7 +31,7 @@ static inline __attribute__((always_inline)) int walk_ranges(struct pv_bus *bus,
     if (result)
         return result;
     for (;;) {
-        uint8_t *at[3];
+        uint8_t *at[MAX_RANGES];
         struct pv_span span = {NULL, n - dma->done};
         for (unsigned i = 0; i < count && !result; i++) {
             result = translate(&s, ranges[i].iova + dma->done, ranges[i].perm, span.len, &span, dma);
@@ -101,6 +39,16 @@ static inline __attribute__((always_inline)) int walk_ranges(struct pv_bus *bus,
         }
         if (!result)
             result = fn(arg, at, span.len, dma);
+        if (!result && after)
+            result = after(arg, at, span.len, dma);
+        if (__builtin_expect(result == PV_REMOTE, 0)) {
+            const struct walk walk = {bus, ranges, count, n, fn, after, arg};
+            section_close(&s);
+            result = pv_bus_ask_piece(&walk, dma);
+            if (result || dma->done == n || (result = section_open(&s, bus)))
+                return result;
+            continue;
+        }
         if (result)
             break;
         dma->done += span.len;
@@ -131,7 +79,7 @@ int pv_bus_walk(struct pv_bus *bus, uint64_t iova, uint64_t n, uint32_t perm, pv
 {
     const struct range range = {iova, perm};
     struct single single = {fn, arg};
-    return walk_ranges(bus, &range, 1, n, single_piece, &single, dma);
+    return walk_ranges(bus, &range, 1, n, single_piece, NULL, &single, dma);
 }
 
 static int copy_out(void *arg, uint8_t *ptr, uint64_t len)
@@ -172,9 +120,16 @@ int pv_bus_write(struct pv_bus *bus, uint64_t iova, const void *src, uint64_t n,
 
 static inline int copy_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
 {
-    const struct single *tap = arg;
+    (void)arg;
     (void)dma;
     pv_move(at[1], at[0], len);
+    return 0;
+}
+
+static inline int copied_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
+{
+    const struct single *tap = arg;
+    (void)dma;
     return tap->fn ? tap->fn(tap->arg, at[1], len) : 0;
 }
 
@@ -183,7 +138,7 @@ int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n,
 {
     const struct range ranges[] = {{src, PV_DMA_READ}, {dst, PV_DMA_WRITE}};
     struct single tap = {fn, arg};
-    return walk_ranges(bus, ranges, 2, n, copy_piece, &tap, dma);
+    return walk_ranges(bus, ranges, 2, n, copy_piece, copied_piece, &tap, dma);
 }
 
 /* Bytes of [address, address + n) in the page of its last byte. */
@@ -193,18 +148,55 @@ static inline uint64_t tail_in_page(uint64_t address, uint64_t n)
     return min64(n, in_page);
 }
 
+/* The last piece of a move: [at, at + len) of it, without a pointer where it is remote. */
+struct tail {
+    uint64_t at, len;
+    struct pv_span to, from;
+};
+
 /* A source and a destination, both limited to the shorter. */
-static int translate_move(struct section *s, uint64_t dst, struct pv_span *to, uint64_t src, struct pv_span *from,
-                          uint64_t n, struct pv_dma *dma)
+static int translate_tail(struct section *s, uint64_t dst, uint64_t src, struct tail *t, struct pv_dma *dma)
 {
-    int result = translate(s, src, PV_DMA_READ, n, from, dma);
-    return result ? result : translate(s, dst, PV_DMA_WRITE, from->len, to, dma);
+    int result = translate(s, src + t->at, PV_DMA_READ, t->len, &t->from, dma);
+    if (!result || result == PV_REMOTE)
+        result = translate(s, dst + t->at, PV_DMA_WRITE, t->from.len, &t->to, dma);
+    return result == PV_REMOTE ? 0 : result;
+}
+
+static int find_tail(struct section *s, uint64_t dst, uint64_t src, uint64_t left, struct tail *t, struct pv_dma *dma)
+{
+    int result;
+    t->len = min64(min64(tail_in_page(src, left), tail_in_page(dst, left)), s->left);
+    t->at = left - t->len;
+    while (!(result = translate_tail(s, dst, src, t, dma)) && t->to.len < t->len) {
+        t->at += t->to.len; /* a translation ends inside the page: what is behind it goes first */
+        t->len -= t->to.len;
+    }
+    if (result)
+        dma->fault_iova += t->len - 1; /* the first byte it could not reach, coming from the end */
+    return result;
+}
+
+/* Outside sections, at most a page: all of it is read before any of it is written. */
+static int move_apart(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma)
+{
+    uint8_t bytes[4096], *to = bytes;
+    const uint8_t *from = bytes;
+    struct pv_dma part;
+    int result = pv_bus_walk(bus, src, n, PV_DMA_READ, copy_out, &to, &part);
+    if (result == -EFAULT)
+        return fault(dma, src + n - 1, PV_DMA_READ);
+    if (!result)
+        result = pv_bus_walk(bus, dst, n, PV_DMA_WRITE, copy_in, &from, &part);
+    if (result == -EFAULT)
+        return fault(dma, dst + n - 1, PV_DMA_WRITE);
+    dma->done += result ? 0 : n;
+    return result;
 }
 
 int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma)
 {
     struct section s;
-    struct pv_span to, from;
     begin(dma);
     if (!n)
         return 0;
@@ -213,22 +205,22 @@ int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_
         return result;
     dma->backward = 1;
     for (;;) {
-        uint64_t left = n - dma->done;
-        uint64_t len = min64(min64(tail_in_page(src, left), tail_in_page(dst, left)), s.left);
-        uint64_t at = left - len;
-        while (!(result = translate_move(&s, dst + at, &to, src + at, &from, len, dma)) && to.len < len) {
-            at += to.len; /* a translation ends inside the page: what is behind it goes first */
-            len -= to.len;
-        }
-        if (result) {
-            dma->fault_iova += len - 1; /* the first byte it could not reach, coming from the end */
+        struct tail t;
+        result = find_tail(&s, dst, src, n - dma->done, &t, dma);
+        if (result)
             break;
+        if (!t.from.ptr || !t.to.ptr) {
+            section_close(&s);
+            result = move_apart(bus, dst + t.at, src + t.at, t.len, dma);
+            if (result || dma->done == n || (result = section_open(&s, bus)))
+                return result;
+            continue;
         }
-        memmove(to.ptr, from.ptr, len);
-        dma->done += len;
+        memmove(t.to.ptr, t.from.ptr, t.len);
+        dma->done += t.len;
         if (dma->done == n)
             break;
-        result = section_use(&s, len);
+        result = section_use(&s, t.len);
         if (result)
             return result;
     }
@@ -297,7 +289,7 @@ static inline int compare_piece(void *arg, uint8_t *const *at, uint64_t len, str
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma)
 {
     const struct range ranges[] = {{a, PV_DMA_READ}, {b, PV_DMA_READ}};
-    return walk_ranges(bus, ranges, 2, n, compare_piece, NULL, dma);
+    return walk_ranges(bus, ranges, 2, n, compare_piece, NULL, NULL, dma);
 }
 
 struct pair {
@@ -316,7 +308,7 @@ int pv_bus_pair_walk(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, pv_
 {
     const struct range ranges[] = {{b, PV_DMA_READ}, {a, PV_DMA_READ}};
     struct pair pair = {fn, arg};
-    return walk_ranges(bus, ranges, 2, n, pair_piece, &pair, dma);
+    return walk_ranges(bus, ranges, 2, n, pair_piece, NULL, &pair, dma);
 }
 
 static inline int dualcast_piece(void *arg, uint8_t *const *at, uint64_t len, struct pv_dma *dma)
@@ -330,7 +322,7 @@ static inline int dualcast_piece(void *arg, uint8_t *const *at, uint64_t len, st
 int pv_bus_dualcast(struct pv_bus *bus, uint64_t dst1, uint64_t dst2, uint64_t src, uint64_t n, struct pv_dma *dma)
 {
     const struct range ranges[] = {{src, PV_DMA_READ}, {dst1, PV_DMA_WRITE}, {dst2, PV_DMA_WRITE}};
-    return walk_ranges(bus, ranges, 3, n, dualcast_piece, NULL, dma);
+    return walk_ranges(bus, ranges, 3, n, dualcast_piece, NULL, NULL, dma);
 }
 
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)

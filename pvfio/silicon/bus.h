@@ -7,11 +7,16 @@
  * inside the section that made it. An operation stops at the first page that does not translate and reports how
  * many bytes are done and the exact IOVA; no byte of the faulting page or after it is touched.
  *
+ * A range may be *remote*: memory that is not in this process and is reached by asking whoever has it. Its bytes go
+ * through a buffer, at most PV_SECTION_BYTES at a time, and no section is open while the answer is waited for. Where the
+ * far end refuses a piece, it is asked again page by page, so that what is done ends where the refused page begins.
+ *
  * Not modelled: PCIe ordering between requests, TLP sizes, relaxed ordering, peer-to-peer.
  */
 #ifndef PVFIO_BUS_H
 #define PVFIO_BUS_H
 
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -25,8 +30,11 @@ struct pv_span {
     uint64_t len;
 };
 
+/* What `translate` answers for a remote range: the span has a length and no pointer. */
+#define PV_REMOTE INT_MIN
+
 struct pv_bus_ops {
-    /* Inside a section. 0, or -EFAULT after the fault was logged. */
+    /* Inside a section. 0, PV_REMOTE, or -EFAULT after the fault was logged. */
     int (*translate)(struct pv_bus *bus, uint64_t iova, uint32_t perm, struct pv_span *span);
     void (*enter)(struct pv_bus *bus);
     void (*leave)(struct pv_bus *bus);
@@ -35,6 +43,8 @@ struct pv_bus_ops {
     /* The function's ATS enable bit and Smallest Translation Unit. NULL where nothing translates. */
     void (*ats)(struct pv_bus *bus, bool on, uint32_t stu);
     void (*destroy)(struct pv_bus *bus);
+    /* Outside sections: reads or writes remote bytes, may wait. 0 or -errno. NULL where nothing is remote. */
+    int (*ask)(struct pv_bus *bus, uint64_t iova, void *buf, uint64_t n, int write);
 };
 
 struct pv_bus {
@@ -44,9 +54,13 @@ struct pv_bus {
     _Atomic uint32_t cancel;
     /* Not zero: requests go untranslated although ATS is on. The device's engine says so, of the work it does next. */
     _Atomic uint32_t untranslated;
+    _Atomic uint32_t remote; /* how many remote ranges there are: while not zero, an operation may wait for somebody */
 };
 
-/* Called for every piece of a range, inside a section; not zero ends the walk with that value. */
+/*
+ * Called for every piece of a range, inside a section; not zero ends the walk with that value. Of a range that is
+ * written it fills every byte: what a buffer holds goes out whole, and not at all where it ends the walk.
+ */
 typedef int (*pv_span_fn)(void *arg, uint8_t *ptr, uint64_t len);
 
 /* cffi: begin */
@@ -65,6 +79,7 @@ struct pv_dma {
 };
 
 struct pv_table_bus_stats {
+    uint64_t maps; /* ranges there are now, remote ones among them */
     uint64_t msis;
     uint64_t last_msi_addr;
     uint32_t last_msi_data;
@@ -88,10 +103,42 @@ struct pv_bus *pv_bus_get(struct pv_bus *bus);
 /* Drops a reference; the last one frees it. */
 void pv_bus_destroy(struct pv_bus *bus);
 
-/* The plain table. Entries do not overlap; memory stays the caller's. Interrupts are counted, and ring `eventfd` (-1: none). */
+/* Operations may wait for somebody now: not for a thread that this somebody, or other devices, need. */
+int pv_bus_is_remote(struct pv_bus *bus);
+
+/*
+ * The plain table. Ranges do not overlap; memory stays the caller's. Interrupts are counted, and ring `eventfd` (-1:
+ * none), or what pv_table_bus_vector says.
+ */
 struct pv_bus *pv_table_bus_create(int eventfd);
+/* 0, -EINVAL, -EEXIST (overlap), -ENOMEM. */
 int pv_table_bus_map(struct pv_bus *bus, uint64_t iova, uint64_t size, void *ptr, uint32_t perm);
+/*
+ * Takes out the ranges wholly inside; one that is partly inside: -EINVAL and nothing happens. When it returns, nothing
+ * uses their memory. What is being asked of a remote one is not waited for: the far end refuses it.
+ */
 int pv_table_bus_unmap(struct pv_bus *bus, uint64_t iova, uint64_t size);
+/*
+ * Reads or writes remote bytes for an engine or another thread; several may call at once. Never called inside a section;
+ * may wait, and should end early with -ECANCELED once the bus is cancelled. 0 or -errno.
+ */
+typedef int (*pv_remote_fn)(void *arg, uint64_t iova, void *buf, uint64_t n, int write);
+/*
+ * Who is asked for remote ranges; NULL: nobody, and they fault. Returns when no call of the function before is under way
+ * any more: end what those wait for first.
+ */
+void pv_table_bus_remote(struct pv_bus *bus, pv_remote_fn fn, void *arg);
+/* As pv_table_bus_map, of a remote range. */
+int pv_table_bus_map_remote(struct pv_bus *bus, uint64_t iova, uint64_t size, uint32_t perm);
+/*
+ * From now on a message into the interrupt window (PV_MSI_START..PV_MSI_END) whose data is i < n rings the eventfd of
+ * vector i, and nothing accepts any other. All are without one at first; n = 0: back to the eventfd of the creation.
+ */
+int pv_table_bus_vectors(struct pv_bus *bus, uint32_t n);
+/* A duplicate of the eventfd is kept; -1: none, nothing accepts the message. -EINVAL: no such vector, or no eventfd. */
+int pv_table_bus_vector(struct pv_bus *bus, uint32_t i, int fd);
+/* Is the descriptor an eventfd's? */
+int pv_is_eventfd(int fd);
 void pv_table_bus_stats(struct pv_bus *bus, struct pv_table_bus_stats *out);
 /* cffi: end */
 
@@ -108,7 +155,7 @@ int pv_bus_pair_walk(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, pv_
 int pv_bus_dualcast(struct pv_bus *bus, uint64_t dst1, uint64_t dst2, uint64_t src, uint64_t n, struct pv_dma *dma);
 /* As pv_bus_move, from the end: for the last part of a move that overlaps. */
 int pv_bus_move_backward(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, struct pv_dma *dma);
-/* As pv_bus_move, forward only, and fn sees each piece of the source after it was copied (copy and CRC in one pass). */
+/* As pv_bus_move, forward only, and fn sees each piece after it was copied (copy and CRC in one pass). */
 int pv_bus_copy_walk(struct pv_bus *bus, uint64_t dst, uint64_t src, uint64_t n, pv_span_fn fn, void *arg,
                      struct pv_dma *dma);
 

@@ -90,6 +90,11 @@ class BusMaster:
         """Sends an interrupt message; false where nothing accepts it."""
         return bool(lib.pv_bus_msi(self.ptr, address, data) == 0)
 
+    @property
+    def remote(self) -> bool:
+        """An operation may wait for somebody outside this process now: not one for the trio thread."""
+        return bool(lib.pv_bus_is_remote(self.ptr))
+
     def cancel(self, on: bool) -> None:
         """While on, operations end at their next section with ``DmaCancelled``."""
         lib.pv_bus_cancel(self.ptr, on)
@@ -107,10 +112,15 @@ class BusMaster:
         ffi.release(self.ptr)
 
 
-class TableBus(BusMaster):
-    """A bus over a plain table of ranges: no page tables, no IOTLB.
+def is_eventfd(descriptor: int) -> bool:
+    """Whether an open descriptor is an eventfd's."""
+    return bool(lib.pv_is_eventfd(descriptor))
 
-    Interrupts are counted and ring ``eventfd`` (-1: none).
+
+class TableBus(BusMaster):
+    """A bus over a plain table of ranges: no page tables, no IOTLB. Cost does not depend on how many there are.
+
+    Interrupts are counted and ring ``eventfd`` (-1: none), or what ``vector`` says.
     """
 
     def __init__(self, eventfd: int = -1) -> None:
@@ -118,26 +128,77 @@ class TableBus(BusMaster):
         self._kept: dict[int, Any] = {}
 
     def map(self, iova: int, memory: Any, perm: int = READ | WRITE) -> None:
-        """Puts a writable buffer at ``iova``. ``OSError``: EINVAL, EEXIST (overlap), ENOMEM."""
+        """Puts a writable buffer at ``iova``, and keeps it. ``OSError``: EINVAL, EEXIST (overlap), ENOMEM."""
         view = ffi.from_buffer(memory, require_writable=True)
-        error = lib.pv_table_bus_map(self.ptr, iova, len(view), view, perm)
-        if error:
-            raise OSError(-error, f"map iova {iova:#x} length {len(view):#x}: {errno.errorcode[-error]}")
+        self.map_address(iova, view, len(view), perm)
         self._kept[iova] = view
 
-    def unmap(self, iova: int, size: int) -> None:
-        """Takes out every entry inside the range; when it returns no operation uses them.
+    def map_address(self, iova: int, address: Any, size: int, perm: int = READ | WRITE) -> None:
+        """Puts ``size`` bytes from ``address`` on (an int or a pointer) at ``iova``.
 
-        ``OSError`` EINVAL when the range splits one.
+        They are the caller's until ``unmap`` has returned. Raises as ``map``; EINVAL also for address 0.
         """
-        error = lib.pv_table_bus_unmap(self.ptr, iova, size)
-        if error:
-            raise OSError(-error, f"unmap iova {iova:#x} length {size:#x}: {errno.errorcode[-error]}")
-        for start in [start for start in self._kept if iova <= start < iova + size]:
-            del self._kept[start]
+        pointer = ffi.cast("void *", address)
+        _raise("map", lib.pv_table_bus_map(self.ptr, iova, size, pointer, perm), iova, size)
+
+    def map_remote(self, iova: int, size: int, perm: int = READ | WRITE) -> None:
+        """Puts a range there whose bytes are got and set by asking, as ``set_remote`` says. Raises as ``map``."""
+        _raise("map", lib.pv_table_bus_map_remote(self.ptr, iova, size, perm), iova, size)
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Takes out every range inside; when it returns no operation uses their memory. Finds none: nothing happens.
+
+        ``OSError``: EINVAL when the range splits one, ENOMEM; then nothing happened.
+        """
+        _raise("unmap", lib.pv_table_bus_unmap(self.ptr, iova, size), iova, size)
+        kept = self._kept.pop(iova, None)
+        if self._kept and (kept is None or len(kept) != size):
+            for start in [start for start in self._kept if iova <= start < iova + size]:
+                del self._kept[start]
+
+    def set_remote(self, function: Any, argument: Any = ffi.NULL) -> None:
+        """Who is asked for remote ranges: a ``pv_remote_fn`` and its first argument; ``ffi.NULL``: nobody.
+
+        Both stay the caller's. Returns when nobody is inside the function before: end what it waits for first.
+        """
+        lib.pv_table_bus_remote(self.ptr, function, argument)
+
+    def vectors(self, count: int) -> None:
+        """From now on a message of data ``i`` rings the eventfd of vector ``i`` of ``count``; none has one at first.
+
+        It is to go to ``MSI_START``..``MSI_END``; nothing accepts any other. 0: back to the eventfd of the creation.
+        ``OSError`` EINVAL: more than 2048.
+        """
+        _raise_plain("vectors", lib.pv_table_bus_vectors(self.ptr, count), count)
+
+    def vector(self, index: int, descriptor: int) -> None:
+        """The eventfd of a vector, of which a duplicate is kept; -1: none, nothing accepts its message.
+
+        ``OSError``: EINVAL for a vector that is not there and a descriptor that is no eventfd, EBADF, EMFILE.
+        """
+        _raise_plain("vector", lib.pv_table_bus_vector(self.ptr, index, descriptor), index)
+
+    @property
+    def maps(self) -> int:
+        """How many ranges there are."""
+        return int(self._stats().maps)
 
     def msis(self) -> tuple[int, int, int]:
         """How many messages came, and the last one's address and data."""
+        stats = self._stats()
+        return stats.msis, stats.last_msi_addr, stats.last_msi_data
+
+    def _stats(self) -> Any:
         stats = ffi.new("struct pv_table_bus_stats *")
         lib.pv_table_bus_stats(self.ptr, stats)
-        return stats.msis, stats.last_msi_addr, stats.last_msi_data
+        return stats
+
+
+def _raise(operation: str, error: int, iova: int, size: int) -> None:
+    if error:
+        raise OSError(-error, f"{operation} iova {iova:#x} length {size:#x}: {errno.errorcode[-error]}")
+
+
+def _raise_plain(operation: str, error: int, number: int) -> None:
+    if error:
+        raise OSError(-error, f"{operation} {number}: {errno.errorcode[-error]}")

@@ -3,12 +3,11 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "iommu_private.h"
+#include "ring.h"
 
 #define MAX_MSI_DATA 4096
 
@@ -99,15 +98,6 @@ static void requester_leave(struct pv_bus *bus)
     pv_section_leave(&((struct requester *)bus)->section);
 }
 
-/* One more in an eventfd's counter. A full one stays full, whoever made it blocking: an engine must not wait for a user. */
-static int ring(int fd)
-{
-    struct pollfd ready = {.fd = fd, .events = POLLOUT};
-    if (poll(&ready, 1, 0) == 0)
-        return 0;
-    return eventfd_write(fd, 1);
-}
-
 /* A remappable or compatibility format message (VT-d 5.1): here, what the host registered for the data. */
 static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
 {
@@ -116,7 +106,7 @@ static int requester_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
     if (addr >= PV_MSI_START && addr <= PV_MSI_END && data < MAX_MSI_DATA) {
         pthread_mutex_lock(&r->msi_lock);
         if (r->msi_fd[data] >= 0)
-            sent = ring(r->msi_fd[data]) ? -EFAULT : 0;
+            sent = pv_ring(r->msi_fd[data]);
         pthread_mutex_unlock(&r->msi_lock);
     }
     return sent ? log_reason(r, addr, PV_DMA_WRITE, PV_FAULT_INTERRUPT) : 0;
@@ -146,8 +136,14 @@ static void requester_destroy(struct pv_bus *bus)
     free(r);
 }
 
-static const struct pv_bus_ops requester_ops = {requester_translate, requester_enter, requester_leave, requester_msi,
-                                                requester_ats, requester_destroy};
+static const struct pv_bus_ops requester_ops = {
+    .translate = requester_translate,
+    .enter = requester_enter,
+    .leave = requester_leave,
+    .msi = requester_msi,
+    .ats = requester_ats,
+    .destroy = requester_destroy,
+};
 
 struct pv_bus *pv_requester_create(struct pv_iommu *iommu, uint64_t device_id)
 {
