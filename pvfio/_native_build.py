@@ -23,6 +23,8 @@ ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices", "workload
 ABI_HEADERS = ("hyperv", "vfio", "iommufd", "pci", "dsa", "nvme", "vfio_user")
 ROOM_HEADERS = (
     "memory/memory.h",
+    "memory/guard.h",
+    "memory/mapped.h",
     "pagetable/pagetable.h",
     "silicon/bus.h",
     "silicon/iommu.h",

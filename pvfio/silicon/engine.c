@@ -133,8 +133,12 @@ static void free_engine(struct pv_engine *e)
 
 int pv_start_thread(pthread_t *thread, void *(*run)(void *), void *arg)
 {
+    /* The thread's own doing: a fault that is blocked ends the process, whatever handler there is. */
+    static const int faults[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL};
     sigset_t all, before;
     sigfillset(&all);
+    for (size_t i = 0; i < sizeof(faults) / sizeof(*faults); i++)
+        sigdelset(&all, faults[i]);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);

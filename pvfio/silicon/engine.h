@@ -51,7 +51,7 @@ void pv_engine_stats(struct pv_engine *engine, struct pv_engine_stats *out);
 struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, uint64_t poll_ns);
 /* From a step: a threaded engine does not sleep beyond that time (CLOCK_MONOTONIC, ns); 0: as long as it likes. */
 void pv_engine_wake_at(struct pv_engine *engine, uint64_t when);
-/* A thread of a device's own: signals are the program's, it takes none. 0 or an errno. */
+/* A thread of a device's own: signals are the program's, it takes none but its own faults. 0 or an errno. */
 int pv_start_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 /* Before a descriptor: true to go on, false: return PV_STEP_STOPPED now and begin with this descriptor next time. */
 bool pv_engine_gate(struct pv_engine *engine);
