@@ -154,7 +154,7 @@ static void make_sq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t s
     make_queue(nvme, 2 * id);
     nvme->sq[id] = (struct nvme_sq){.live = true, .size = size, .cq = cq, .priority = priority, .base = base};
     nvme->cq[cq].users++;
-    nvme_tell_index(nvme, 2 * id);
+    nvme_begin_shadow(nvme, 2 * id);
 }
 
 static void make_cq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, bool interrupts, uint32_t vector)
@@ -162,7 +162,7 @@ static void make_cq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t s
     make_queue(nvme, 2 * id + 1);
     nvme->cq[id] = (struct nvme_cq){
         .live = true, .phase = true, .interrupts = interrupts, .size = size, .vector = vector, .base = base};
-    nvme_tell_index(nvme, 2 * id + 1);
+    nvme_begin_shadow(nvme, 2 * id + 1);
 }
 
 int pv_nvme_enable(struct pv_nvme *nvme, uint64_t asq, uint32_t asq_size, uint64_t acq, uint32_t acq_size,
@@ -290,10 +290,11 @@ int pv_nvme_set_shadow(struct pv_nvme *nvme, uint64_t shadow, uint64_t event_ind
     if ((shadow | event_index) & (page - 1) || nvme->doorbell_bytes > page)
         return -EINVAL;
     pv_engine_pause(nvme->engine);
+    nvme_hear(nvme); /* what was rung before goes where it was rung */
     nvme->shadow = shadow;
     nvme->event_index = event_index;
     for (uint32_t index = 2; index < 2 * PV_NVME_QUEUES; index++)
-        nvme_tell_index(nvme, index);
+        nvme_begin_shadow(nvme, index);
     pv_engine_unpause(nvme->engine);
     return 0;
 }

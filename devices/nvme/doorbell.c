@@ -3,7 +3,8 @@
  *
  * A value that cannot be is reported once and changes nothing: a submission queue tail beyond the queue or past entries
  * that were not fetched yet, a completion queue head that passes what was completed. With shadow buffers, a store to BAR
- * 0 only says that the I/O queues' values are to be looked at there.
+ * 0 only says that the I/O queues' values are to be looked at there. They begin as what the doorbells are: a driver
+ * compares with the old value there, and need not clear what another queue, or another life of this one, left.
  */
 #include <errno.h>
 #include <string.h>
@@ -141,13 +142,27 @@ static bool hear_page(struct pv_nvme *nvme)
     return any;
 }
 
-void nvme_tell_index(struct pv_nvme *nvme, uint32_t index)
+/* Stores what was heard of a doorbell into its place in one of the two buffers. */
+static void tell(struct pv_nvme *nvme, uint64_t buffer, uint32_t index)
 {
     struct pv_dma dma;
-    uint64_t at = nvme->event_index + ((uint64_t)index << stride_shift(nvme));
-    if (is_shadowed(nvme, index) && nvme->event_index && is_live(nvme, index) &&
-        pv_bus_write(nvme->bus, at, &nvme->heard[index], sizeof(nvme->heard[index]), &dma))
+    uint64_t at = buffer + ((uint64_t)index << stride_shift(nvme));
+    if (pv_bus_write(nvme->bus, at, &nvme->heard[index], sizeof(nvme->heard[index]), &dma))
         nvme_fatal(nvme);
+}
+
+static void tell_index(struct pv_nvme *nvme, uint32_t index)
+{
+    if (nvme->event_index)
+        tell(nvme, nvme->event_index, index);
+}
+
+void nvme_begin_shadow(struct pv_nvme *nvme, uint32_t index)
+{
+    if (!is_shadowed(nvme, index) || !is_live(nvme, index))
+        return;
+    tell(nvme, nvme->shadow, index);
+    tell_index(nvme, index);
 }
 
 /*
@@ -171,7 +186,7 @@ static bool hear_shadow(struct pv_nvme *nvme)
             continue;
         hear(nvme, index, value);
         any = true;
-        nvme_tell_index(nvme, index);
+        tell_index(nvme, index);
     }
     atomic_thread_fence(memory_order_seq_cst); /* the indexes are stored before the next look */
     return any;

@@ -164,8 +164,8 @@ void nvme_fatal(struct pv_nvme *nvme);
 
 /* doorbell.c: what was rung since the last call; whether anything was. */
 bool nvme_hear(struct pv_nvme *nvme);
-/* Stores a doorbell's event index, where there are shadow doorbells: the driver rings when its value passes it. */
-void nvme_tell_index(struct pv_nvme *nvme, uint32_t index);
+/* Where there are shadow doorbells: stores that of a queue and its event index, which the driver compares to ring. */
+void nvme_begin_shadow(struct pv_nvme *nvme, uint32_t index);
 
 /* schedule.c */
 int nvme_step(void *device);

@@ -219,8 +219,13 @@ class TestShadowDoorbells:
             wait_for(lambda: len(rig.peek()) == 3)
             rig.reap()
             shadow, events = (rig.at(at, PAGE).view("<u4") for at in (SHADOW, EVENTS))
-            shadow[2:4] = rig.tail[1], 3
+            shadow[2:8] = 0xDEAD
             assert lib.pv_nvme_set_shadow(rig.nvme, SHADOW, EVENTS) == 0
+            assert shadow[2:8].tolist() == [
+                3,
+                3,
+                *[0xDEAD] * 4,
+            ]  # as the doorbells of the queues that are there
             rung = 0
             for batch in (1, 4, 30, 2, 60, 7):
                 old, cids = rig.tail[1], rig.fill(*reads(batch))
@@ -237,6 +242,29 @@ class TestShadowDoorbells:
                 rig.doorbell(3, int(shadow[3]))
                 wait_for(lambda: int(events[2]) == rig.tail[1] and events[3] == shadow[3])
             assert rung
+            assert not rig.events() & (BAD_VALUE | BAD_DOORBELL)
+
+    @pytest.mark.parametrize("kind", INLINE_AND_THREAD)
+    @pytest.mark.parametrize("batch", [1, 5, 6])
+    def test_a_queue_that_is_made_again(self, kind: EngineKind, batch: int) -> None:
+        """Its doorbells begin at zero in the buffer too, though the driver left there what the old queue's were."""
+        with Rig(kind) as rig:
+            rig.memory_namespace()
+            shadow, events = (rig.at(at, PAGE).view("<u4") for at in (SHADOW, EVENTS))
+            assert lib.pv_nvme_set_shadow(rig.nvme, SHADOW, EVENTS) == 0
+            for size in (5, batch):
+                old, cids = int(shadow[2]), rig.fill(*reads(size))
+                shadow[2] = rig.tail[1]
+                if (rig.tail[1] - int(events[2]) - 1) % 65536 < (rig.tail[1] - old) % 65536:
+                    rig.doorbell(2, rig.tail[1])
+                completions(rig, size)
+                assert [int(entry["cid"]) for entry in rig.peek()] == cids
+                shadow[3] = size
+                rig.doorbell(3, size)
+                wait_for(lambda: events[3] == shadow[3])
+                assert lib.pv_nvme_delete_sq(rig.nvme, 1) == lib.pv_nvme_delete_cq(rig.nvme, 1) == 0
+                rig.create(1)
+                assert shadow[2:4].tolist() == events[2:4].tolist() == [0, 0]
             assert not rig.events() & (BAD_VALUE | BAD_DOORBELL)
 
     @pytest.mark.parametrize(("shadow", "events"), [(SHADOW + 8, EVENTS), (SHADOW, EVENTS + 2048)])
@@ -341,12 +369,16 @@ class TestCoalescing:
 
     @pytest.mark.parametrize("change", [(0, 0), (0, 5), (9, 0), (9, 255)])
     def test_a_change_loses_none(self, rig: Rig, change: tuple[int, int]) -> None:
-        """What was held is announced."""
-        lib.pv_nvme_set_coalescing(rig.nvme, 200, 255)
-        rig.run(command(READ))
-        assert rig.interrupts() == 0
-        lib.pv_nvme_set_coalescing(rig.nvme, *change)
-        assert rig.interrupts() == 1
+        """What was held is announced. Nothing is held for more than 25 ms, which a busy machine may take from us."""
+        for count in range(50):
+            lib.pv_nvme_set_coalescing(rig.nvme, 200, 255)
+            rig.run(command(READ))
+            held = rig.interrupts() == count
+            lib.pv_nvme_set_coalescing(rig.nvme, *change)
+            assert rig.interrupts() == count + 1
+            if held:
+                return
+        raise AssertionError("nothing is ever held")
 
     def test_a_vector_without(self, rig: Rig) -> None:
         lib.pv_nvme_set_coalescing(rig.nvme, 200, 255)
