@@ -19,6 +19,7 @@ LATER: Final = None
 """What a handler returns whose command is completed by somebody else."""
 
 _DNR: Final[int] = lib.NVME_STATUS_DNR
+_NO_COMMAND: Final = 0xFFFF
 Handler = Callable[["Command"], int | None]
 
 
@@ -129,7 +130,7 @@ class Admin:
     def fail(self, command: Command, error: AdminError) -> None:
         """Completes a command with an error, which goes into the error log."""
         if command.epoch == self._epoch:
-            self.log_error(error.status, error.byte, cid=command.cid, nsid=command.nsid)
+            self.log_error(error.status, error.byte, sq=0, cid=command.cid, nsid=command.nsid)
             self.complete(command, error.status, error.result)
 
     def _execute(self, command: Command) -> None:
@@ -149,14 +150,23 @@ class Admin:
             self.complete(command, 0, result)
 
     def log_error(
-        self, status: int, byte: int | None = None, *, cid: int = 0xFFFF, nsid: int = 0, sq: int = 0
+        self,
+        status: int,
+        byte: int | None = None,
+        *,
+        sq: int = _NO_COMMAND,
+        cid: int = _NO_COMMAND,
+        nsid: int = 0,
+        lba: int = 0,
     ) -> None:
-        """An entry of the error information log (Base 5.16.1.2). ``cid`` 0xFFFF: of no command."""
+        """An entry of the error information log (Base 5.16.1.2), of no command unless ``sq`` and ``cid`` say which;
+        ``status`` is then the most applicable one.
+        """
         entry = ffi.new("struct nvme_error_log_entry *")
         entry.sqid = sq
         entry.cmdid = cid
         entry.status_field = status << 1 & 0xFFFF
-        entry.nsid = nsid
+        entry.nsid, entry.lba = nsid, lba
         entry.parm_error_location = lib.NVME_ERROR_LOCATION_NONE if byte is None else byte
         lib.pv_nvme_log_error(self._nvme, entry)
 

@@ -197,9 +197,9 @@ class NvmeDevice(FaultHooks, PciFunction):
         if events & lib.PV_NVME_EVENT_FATAL:
             self.registers.fail()
         if events & lib.PV_NVME_EVENT_DOORBELL:
-            self.events.post(lib.NVME_AER_ERROR, lib.NVME_AER_ERROR_INVALID_DB_REG, lib.NVME_LOG_ERROR)
+            self.events.post_error(lib.NVME_AER_ERROR_INVALID_DB_REG, lib.NVME_SC_QID_INVALID)
         if events & lib.PV_NVME_EVENT_DOORBELL_VALUE:
-            self.events.post(lib.NVME_AER_ERROR, lib.NVME_AER_ERROR_INVALID_DB_VALUE, lib.NVME_LOG_ERROR)
+            self.events.post_error(lib.NVME_AER_ERROR_INVALID_DB_VALUE, lib.NVME_SC_INVALID_FIELD)
         if events & lib.PV_NVME_EVENT_PIN:
             self.set_intx(bool(lib.pv_nvme_pin(self._nvme)))
         if events & lib.PV_NVME_EVENT_TIMER:

@@ -49,6 +49,13 @@ class AsyncEvents:
         self._waiting.append(event)
         self._send()
 
+    def post_error(self, information: int, status: int, *, nsid: int = 0, lba: int = 0) -> None:
+        """An error of no command: an entry in the error information log, and the event that says so. ``status`` is the
+        one that fits best (Base 5.16.1.2).
+        """
+        self._admin.log_error(status, nsid=nsid, lba=lba)
+        self.post(lib.NVME_AER_ERROR, information, lib.NVME_LOG_ERROR)
+
     def clear(self, log: int) -> None:
         """A log page was read without Retain Asynchronous Event: its events may be sent again."""
         self._masked = {kind: page for kind, page in self._masked.items() if page != log}

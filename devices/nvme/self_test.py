@@ -121,7 +121,9 @@ class SelfTest:
             entry.vdi |= _FLBA_VALID | _SCT_VALID | _SC_VALID
             entry.seg, entry.flba = _MEDIA_SEGMENT, offset >> failed.spec.lba_shift
             entry.sct, entry.sc = lib.NVME_SC_READ_ERROR >> 8, lib.NVME_SC_READ_ERROR & 0xFF
-            self._events.post(lib.NVME_AER_ERROR, lib.NVME_AER_ERROR_DIAG_FAILURE, lib.NVME_LOG_ERROR)
+            self._events.post_error(
+                lib.NVME_AER_ERROR_DIAG_FAILURE, lib.NVME_SC_READ_ERROR, nsid=failed.nsid, lba=entry.flba
+            )
         self._results.appendleft(entry)
         self._running, self._nsid = int(lib.NVME_SELF_TEST_NONE), 0
 

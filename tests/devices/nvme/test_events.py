@@ -89,6 +89,24 @@ async def test_fires(name: str, place: Place, engine: EngineKind) -> None:
         assert (done.status, done.result) == (0, expected)
 
 
+@pytest.mark.parametrize(("place", "engine"), PLACES)
+@pytest.mark.parametrize(
+    ("cause", "status"), [(_no_queue, lib.NVME_SC_QID_INVALID), (_bad_value, lib.NVME_SC_INVALID_FIELD)]
+)
+async def test_a_bad_doorbell_is_logged(
+    cause: Callable[[Rig], Awaitable[None]], status: int, place: Place, engine: EngineKind
+) -> None:
+    """Every time, of no command (Base 5.16.1.2), whether anybody asked for the event or not."""
+    async with running(place=place, engine=engine) as rig:
+        for count in (1, 2):
+            await cause(rig)
+            entry = await rig.log(lib.NVME_LOG_ERROR, 64, kind="nvme_error_log_entry", retain=True)
+            assert (entry.error_count, entry.status_field >> 1) == (count, status)
+            assert (entry.sqid, entry.cmdid, entry.parm_error_location) == (0xFFFF, 0xFFFF, 0xFFFF)
+            assert (entry.nsid, entry.lba) == (0, 0)
+        assert (await rig.wait(await rig.events())).result >> 16 == lib.NVME_LOG_ERROR
+
+
 @pytest.mark.parametrize("name", sorted(EVENTS.keys() - ALWAYS))
 async def test_is_silent_unless_asked_for(name: str) -> None:
     async with running() as rig:

@@ -206,6 +206,9 @@ async def test_unreadable_media_fail_a_test(tmp_path: Path) -> None:
         assert (entry.dsts, entry.vdi, entry.nsid) == (0x17, 0xF, 1)
         assert entry.flba >= 16
         assert entry.sct << 8 | entry.sc == lib.NVME_SC_READ_ERROR
+        logged = await rig.log(lib.NVME_LOG_ERROR, 64, kind="nvme_error_log_entry")
+        assert (logged.status_field >> 1, logged.nsid, logged.lba) == (lib.NVME_SC_READ_ERROR, 1, entry.flba)
+        assert (logged.sqid, logged.cmdid) == (0xFFFF, 0xFFFF)
 
 
 @pytest.mark.parametrize(
@@ -241,5 +244,6 @@ async def test_a_silent_host(autojump_clock: trio.abc.Clock) -> None:
         assert (await rig.get_feature(fid)).result == 0
         entry = await rig.log(lib.NVME_LOG_ERROR, 64, kind="nvme_error_log_entry")
         assert entry.status_field >> 1 == lib.NVME_SC_KAT_EXPIRED
+        assert (entry.sqid, entry.cmdid, entry.parm_error_location) == (0xFFFF, 0xFFFF, 0xFFFF)
         await trio.sleep(10)
         assert rig.csts == lib.NVME_CSTS_RDY
