@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 
 # Where C lives.
-ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "devices", "workloads")
+ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "vfio_user", "devices", "workloads")
 # In the order in which the structures depend on each other.
 ABI_HEADERS = ("hyperv", "vfio", "iommufd", "pci", "dsa", "nvme", "vfio_user")
 ROOM_HEADERS = (
@@ -39,6 +39,8 @@ ROOM_HEADERS = (
     "guest/dma_map.h",
     "guest/shadow.h",
     "vfio/wait.h",
+    "vfio_user/channel.h",
+    "vfio_user/channel_dma.h",
     "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",
     "devices/rogue.h",

@@ -1,0 +1,103 @@
+/* What the parts of a channel share. */
+#ifndef PVFIO_VFIO_USER_CHANNEL_PRIVATE_H
+#define PVFIO_VFIO_USER_CHANNEL_PRIVATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "abi/abi.h"
+#include "channel.h"
+
+#define QUEUE_MESSAGES 256
+
+/* A request of this side's C, on the stack of the thread that waits for its reply. Guarded by the channel's lock. */
+struct waiter {
+    struct waiter *next;
+    uint16_t id;
+    uint16_t command;
+    bool sent, done;
+    int result;
+    uint64_t iova, size;
+    uint8_t *buf; /* DMA_READ: where the data goes */
+};
+
+/* Bytes accepted and not yet sent. */
+struct backlog {
+    uint8_t *bytes;
+    uint64_t head, len, capacity;
+};
+
+struct pv_vfu {
+    int socket, poll_fd;
+    int queued_fd; /* readable while the queue holds messages, or the end was seen by a waiter */
+    int wake_fd;   /* wakes the waiter that polls */
+    uint32_t max_message, max_fds;
+    _Atomic uint32_t references;
+    _Atomic bool closed;
+    _Atomic uint64_t max_transfer;
+
+    pthread_mutex_t lock; /* of all that follows, to the blank line; held for short, never while something is waited for */
+    pthread_cond_t changed; /* a waiter is done, nobody polls, the end came */
+    struct pv_vfu_message *inbox;
+    uint32_t got; /* bytes of the message that is being read, its header included */
+    uint8_t header[PV_VFU_HEADER];
+    struct pv_vfu_message *target; /* the message that is being read, once its header is there: the inbox, or on the heap */
+    int32_t fds[PV_VFU_MAX_FDS];
+    uint32_t fd_count;
+    bool fds_lost;
+    struct pv_vfu_message *queue[QUEUE_MESSAGES]; /* a ring of heap messages */
+    uint32_t queue_head, queue_count;
+    uint64_t queue_bytes;
+    bool ended;
+    int end; /* what pv_vfu_receive says once the queue is empty */
+    struct waiter *waiters;
+    struct waiter *leader; /* the one that reads the socket */
+    bool polling;          /* the leader is in poll */
+    uint16_t next_id;
+    uint64_t last_message_ns;
+
+    pthread_mutex_t send_lock; /* of the backlog and the order of what is sent; taken inside of `lock` */
+    struct backlog backlog;
+    int send_error;
+
+    pthread_mutex_t poll_lock; /* of `armed`; taken inside of the others */
+    uint32_t armed;
+    _Atomic uint32_t waiting;  /* number of waiters: while there are any, poll_fd does not tell of the socket's input */
+    _Atomic bool backlogged;   /* poll_fd tells when the socket has room */
+};
+
+static inline uint64_t vfu_now(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+static inline void vfu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    for (int i = 0; i < 8; i++)
+        __builtin_ia32_pause();
+#endif
+}
+
+/* Makes poll_fd tell what `waiting` and `backlogged` ask for. */
+void vfu_arm(struct pv_vfu *ch);
+void vfu_signal(int event_fd);
+void vfu_clear(int event_fd);
+/* Reads what there is for the waiters; other messages are queued. Returns when the socket or the queue's room is used up. */
+void vfu_pump(struct pv_vfu *ch);
+/* Whether the queue takes another message. */
+bool vfu_queue_has_room(const struct pv_vfu *ch);
+/* A reply to one of the waiters' requests: it is done. Under the lock. */
+void vfu_reply(struct pv_vfu *ch, const struct pv_vfu_message *reply);
+/* Every waiter is done: the connection ended. Under the lock. */
+void vfu_fail_waiters(struct pv_vfu *ch);
+/* Wakes the waiter that polls, if any. Under the lock. */
+void vfu_wake_leader(struct pv_vfu *ch);
+
+#endif
