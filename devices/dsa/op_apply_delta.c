@@ -62,12 +62,18 @@ static uint64_t address_at(const struct dsa_hw_desc *desc, const struct record *
     return desc->dst_addr + (uint64_t)offset_at(record, index) * WORD;
 }
 
-/* The last delta from `first` on whose word lies in the same page. */
-static uint32_t last_in_page(const struct dsa_hw_desc *desc, const struct record *record, uint32_t first)
+/*
+ * The last delta from `first` on whose word goes in the same walk: of those in the same page. Of a remote range a walk
+ * writes every byte, so there only words one behind the other go together.
+ */
+static uint32_t last_of_walk(struct pv_bus *bus, const struct dsa_hw_desc *desc, const struct record *record,
+                             uint32_t first)
 {
     uint64_t page = address_at(desc, record, first) / PAGE;
+    bool close = pv_bus_is_remote(bus);
     uint32_t last = first;
-    while (last + 1 < record->count && address_at(desc, record, last + 1) / PAGE == page)
+    while (last + 1 < record->count && address_at(desc, record, last + 1) / PAGE == page &&
+           (!close || offset_at(record, last + 1) == offset_at(record, last) + 1))
         last++;
     return last;
 }
@@ -101,7 +107,7 @@ static int apply_all(struct pv_dsa *dsa, const struct record *record, struct dsa
     struct pv_dma dma;
     int result = 0;
     while (!result && a.next < record->count) {
-        uint32_t first = a.next, last = last_in_page(desc, record, first);
+        uint32_t first = a.next, last = last_of_walk(dsa->bus, desc, record, first);
         uint64_t begin = address_at(desc, record, first), bytes = address_at(desc, record, last) + WORD - begin;
         a.start = begin - desc->dst_addr;
         result = pv_bus_walk(dsa->bus, begin, bytes, PV_DMA_WRITE, apply, &a, &dma);

@@ -154,6 +154,16 @@ def test_status_of_apply(rig: Rig, record: bytes, fields: dict[str, int], status
     assert (result["status"], result["bytes_completed"]) == (status, done)
 
 
+def test_apply_writes_its_words_and_no_others(rig: Rig) -> None:
+    offsets = [0, 1, 5, 510, 511, 512, 513, 1000, 2047]
+    expected = np.full(16384, 0xEE, np.uint8)
+    rig.at(FIRST, expected.size)[:] = expected
+    for offset in offsets:
+        expected[8 * offset : 8 * offset + 8] = 1 + offset % 255
+    assert apply(rig, deltas(*offsets), 16384)["status"] == lib.DSA_COMP_SUCCESS
+    assert (rig.at(FIRST, expected.size) == expected).all()
+
+
 def test_apply_stops_at_the_first_wrong_offset_of_many(rig: Rig) -> None:
     """Also where it is the first of those read at once."""
     for wrong in (511, 512, 513, 1024):
