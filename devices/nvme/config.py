@@ -137,8 +137,9 @@ class NamespaceSpec:
 
     ``size`` bytes of memory, or the raw ``image`` file (``size`` 0: all of it), which keeps its size.
     ``read_only``: writes are refused. ``volatile_cache``: what was not flushed is lost with the process, as in a
-    drive whose power fails. ``lba_shift`` and ``metadata`` (bytes a block) are one of ``FORMATS``; an image has no
-    metadata. ``extended``: metadata is at the end of each block. ``protection``: type 0 or 1, its eight bytes the
+    drive whose power fails. ``lba_shift`` and ``metadata`` (bytes a block) are one of ``FORMATS``. Metadata, and marks
+    of Write Uncorrectable, are in memory; so an image is refused metadata, which a flush could not save together with
+    its blocks. ``extended``: metadata is at the end of each block. ``protection``: type 0 or 1, its eight bytes the
     last of the metadata, or the first with ``protection_first``. Raises ``ValueError``.
     """
 
@@ -157,7 +158,9 @@ class NamespaceSpec:
         if (self.lba_shift, self.metadata) not in FORMATS:
             raise ValueError(f"no LBA format has 2^{self.lba_shift} bytes and {self.metadata} of metadata")
         if self.image is not None and self.metadata:
-            raise ValueError("an image has no room for metadata")
+            raise ValueError(
+                "an image has no metadata: it could not be made durable together with the blocks"
+            )
         if self.image is None and (self.size <= 0 or self.size % _PAGE):
             raise ValueError(f"size is a multiple of 4096, not {self.size}")
         if self.size < 0 or self.size % (1 << self.lba_shift):

@@ -389,7 +389,8 @@ void pv_nvme_mask_pin(struct pv_nvme *nvme, uint32_t mask)
 static bool format_fits(const struct pv_nvme_backing *backing, const struct pv_nvme_format *format)
 {
     if (format->lba_shift < 9 || format->lba_shift > 16 || format->metadata > PV_NVME_MAX_METADATA || format->pi > 1 ||
-        (format->pi && format->metadata < sizeof(struct nvme_pi_tuple)) || !format->blocks)
+        (format->pi && format->metadata < sizeof(struct nvme_pi_tuple)) || !format->blocks ||
+        (format->metadata && !backing->base)) /* there is nowhere to make metadata durable */
         return false;
     return format->blocks <= backing->size >> format->lba_shift;
 }

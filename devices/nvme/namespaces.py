@@ -66,7 +66,7 @@ class Namespace:
 
     @property
     def formats(self) -> tuple[tuple[int, int], ...]:
-        """What it can be formatted to: an image has no room for metadata."""
+        """What it can be formatted to: an image without metadata (``NamespaceSpec``)."""
         return FORMATS if self.spec.image is None else tuple(f for f in FORMATS if not f[1])
 
     @property

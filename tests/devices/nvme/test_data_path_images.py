@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -95,6 +96,15 @@ def test_zeroes_of_parts_of_pages(rig: Rig, image: Path, cache: bool) -> None:
         assert rig.run(one) == 0
         content[lba : lba + count] = 0
         assert (rig.media(backing, 0, BLOCKS * PAGE).reshape(-1, 512) == content).all()
+
+
+def test_metadata_is_refused(rig: Rig, image: Path) -> None:
+    """It would be in memory, and lost with the process, whatever was flushed."""
+    backing = rig.file_namespace(image)
+    made = ffi.new("struct pv_nvme_format *", {"blocks": 16, "lba_shift": 12, "metadata": 8, "pi": 1})
+    assert lib.pv_nvme_set_namespace(rig.nvme, 1, backing, made) == -errno.EINVAL
+    made.metadata = made.pi = 0
+    assert lib.pv_nvme_set_namespace(rig.nvme, 1, backing, made) == 0
 
 
 def test_read_only(rig: Rig, image: Path) -> None:
