@@ -41,6 +41,7 @@ ROOM_HEADERS = (
     "vfio/wait.h",
     "vfio_user/channel.h",
     "vfio_user/channel_dma.h",
+    "vfio_user/remote.h",
     "devices/dsa/crc32c.h",
     "devices/dsa/dsa_engine.h",
     "devices/rogue.h",
