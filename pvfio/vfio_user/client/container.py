@@ -1,0 +1,433 @@
+"""A container of vfio-user devices: an IO address space that is told to every server in it, map by map.
+
+A map is checked as type1 checks it, then becomes a DMA_MAP for each piece of its memory, with the memfd and the
+offset; it is there when every server has said so, and nowhere when one has refused. An unmap becomes a DMA_UNMAP
+for each of those pieces, by its exact range. Servers that join get what is mapped when their device is opened. A
+server that has gone holds nothing; from one that does not answer, memory it may still reach stays pinned until it
+serves again.
+
+Every request to a server waits, so ``_nowait`` twins check a request and raise trio.WouldBlock where it would be
+carried out. Not modelled: dirty tracking.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from pvfio.abi import lib
+from pvfio.errors import DeadlineExceeded, VfioBatchError, VfioError
+from pvfio.vfio.batch import Words, batch_of, ranges_of
+from pvfio.vfio.container import Container, IommuInfo
+from pvfio.vfio.ioas import extent_of
+from pvfio.vfio_user.client.memory import IOVA_RANGES, PAGE, Mapping, Mappings
+from pvfio.vfio_user.messages import DmaMap, DmaUnmap
+
+if TYPE_CHECKING:
+    from pvfio.memory import DmaBuffer
+    from pvfio.vfio_user.client.backend import VfioUserVfio
+    from pvfio.vfio_user.client.link import Call, Link
+
+__all__ = ["UserContainer"]
+
+_READ: Final[int] = lib.VFIO_DMA_MAP_FLAG_READ
+_WRITE: Final[int] = lib.VFIO_DMA_MAP_FLAG_WRITE
+_TYPES: Final = (lib.VFIO_TYPE1_IOMMU, lib.VFIO_TYPE1v2_IOMMU)
+_EXTENSIONS: Final = (*_TYPES, lib.VFIO_UNMAP_ALL)
+_DMA_MAP: Final[int] = lib.VFIO_USER_DMA_MAP
+_DMA_UNMAP: Final[int] = lib.VFIO_USER_DMA_UNMAP
+# Requests to one server that may wait for their replies at a time.
+_PIPELINED: Final = 64
+
+
+class UserContainer(Container):
+    """Made by ``VfioUserVfio.open_container``. ``links``: the servers of its groups."""
+
+    def __init__(self, vfio: VfioUserVfio) -> None:
+        super().__init__()
+        self.links: list[Link] = []
+        self.closed = False
+        self._vfio = vfio
+        self._kind: int | None = None
+        self._mappings = Mappings(vfio.memories)
+        self._memory: Any = None
+        # Mappings, by IOVA, that a request to a server is about.
+        self._busy: dict[int, trio.Event] = {}
+
+    @property
+    def ready(self) -> bool:
+        return self._kind is not None
+
+    def check_extension(self, extension: int) -> bool:
+        self._check_open("CHECK_EXTENSION")
+        return extension in _EXTENSIONS
+
+    async def set_iommu(self, kind: int | None = None) -> None:
+        await trio.lowlevel.checkpoint()
+        self._check_open("SET_IOMMU")
+        if not self.links or self._kind is not None:
+            reason = "the container has no group" if not self.links else "set already"
+            raise VfioError(errno.EINVAL, "SET_IOMMU", reason)
+        kind = int(lib.VFIO_TYPE1v2_IOMMU) if kind is None else kind
+        if kind not in _TYPES:
+            raise VfioError(errno.ENODEV, "SET_IOMMU", f"no IOMMU type {kind}")
+        self._kind = kind
+        self.refresh()
+
+    def info(self) -> IommuInfo:
+        self._check_ready("GET_INFO")
+        return IommuInfo(PAGE, IOVA_RANGES, self._most_pieces() - self._mappings.pieces, None)
+
+    # Groups.
+
+    def join(self, link: Link) -> None:
+        """A group was put in. Raises EINVAL where its server cannot hold what is mapped."""
+        if self._mappings.pieces > link.limits.max_dma_maps:
+            reason = f"{self._mappings.pieces} mappings are more than {link.limits.max_dma_maps}"
+            raise VfioError(errno.EINVAL, "SET_CONTAINER", reason, device=link.name)
+        if not link.limits.pgsizes & PAGE:
+            raise VfioError(errno.EINVAL, "SET_CONTAINER", "it has no pages of 4 KiB", device=link.name)
+        self.links.append(link)
+        self.users += 1
+        link.reach = self._mappings
+        self.refresh()
+
+    def leave(self, link: Link) -> None:
+        """A group was taken out, and its connection ended; the last one takes the IOMMU type and every mapping
+        along.
+        """
+        self.links.remove(link)
+        self.users -= 1
+        link.reach = None
+        if self.links:
+            return
+        self._kind = None
+        for mapping in list(self._mappings):
+            self._mappings.drop(mapping, keep=link.silent)
+        self._forget_iovas()
+        if self.closed:
+            self._memory = None
+
+    def refresh(self) -> None:
+        """A group came: ``alloc`` may use what a server takes."""
+        if self._kind is not None and not self.iova_allocator.ranges:
+            self.iova_allocator.set_ranges(IOVA_RANGES)
+
+    async def feed(self, link: Link) -> None:
+        """Tells a server that joined what is mapped. Raises as a map. Cancelled or failed: its connection is to be
+        ended.
+        """
+        if link.fed:
+            return
+        if not any(other.silent for other in self.links):
+            self._mappings.release_kept()
+        link.fed = True
+        mappings = [mapping for mapping in self._mappings if mapping.iova not in self._busy]
+        with self._at_work(mappings):
+            await self._tell(mappings, [link])
+
+    # Maps.
+
+    def map_dma_nowait(self, iova: int, buffer: Any, *, read: bool = True, write: bool = True) -> None:
+        vaddr, size, _ = extent_of(buffer)
+        self._map_address_nowait(iova, vaddr, size, (_READ if read else 0) | (_WRITE if write else 0))
+
+    def _map_address_nowait(self, iova: int, vaddr: int, size: int, flags: int) -> None:
+        self._mappings.drop(self._admit(iova, vaddr, size, flags))
+        raise trio.WouldBlock
+
+    async def map_dma(self, iova: int, buffer: Any, *, read: bool = True, write: bool = True) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        vaddr, size, plain = extent_of(buffer)
+        try:
+            mapping = self._admit(iova, vaddr, size, (_READ if read else 0) | (_WRITE if write else 0))
+        except VfioError:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            raise
+        await self._announce([mapping])
+        if not plain:
+            buffer.iova = iova
+
+    async def map_dma_batch(
+        self,
+        iovas: npt.ArrayLike,
+        memory: npt.ArrayLike | Sequence[DmaBuffer],
+        sizes: npt.ArrayLike | None = None,
+        *,
+        read: bool = True,
+        write: bool = True,
+    ) -> None:
+        await trio.lowlevel.checkpoint()
+        batch = batch_of(iovas, memory, sizes, read=read, write=write)
+        self._check_ready("map_dma")
+        mappings: list[Mapping] = []
+        elements = zip(batch.iovas.tolist(), batch.vaddrs.tolist(), batch.sizes.tolist(), strict=True)
+        for iova, vaddr, size in elements:
+            try:
+                mappings.append(self._admit(iova, vaddr, size, batch.flags))
+            except VfioError as error:
+                for mapping in mappings:
+                    self._mappings.drop(mapping)
+                raise VfioBatchError(error, len(mappings)) from None
+        try:
+            await self._announce(mappings)
+        except VfioError as error:
+            refused = next((i for i, mapping in enumerate(mappings) if mapping.iova == error.iova), 0)
+            raise VfioBatchError(error, refused) from None
+        self._batch_mapped(batch)
+
+    def _admit(self, iova: int, vaddr: int, size: int, flags: int) -> Mapping:
+        self._check_ready("map_dma")
+        return self._mappings.add(iova, vaddr, size, flags, self._most_pieces())
+
+    async def _announce(self, mappings: list[Mapping]) -> None:
+        """Tells every server of new mappings; where it fails or is cancelled they are nowhere any more."""
+        links = self._fed_links("map_dma")
+        with self._at_work(mappings):
+            try:
+                await self._tell(mappings, links)
+            except BaseException:
+                silent = any(link.silent for link in links)
+                for mapping in mappings:
+                    self._mappings.drop(mapping, keep=silent)
+                raise
+
+    async def _tell(self, mappings: list[Mapping], links: list[Link]) -> None:
+        """DMA_MAPs, many at a time. What raises, or is cancelled, has taken back what was done."""
+        sent: list[_Told] = []
+        ended = 0
+        try:
+            for mapping in mappings:
+                fds = (self._mappings.fd(mapping),) if self._vfio.share else ()
+                iova, rights = mapping.iova, mapping.flags & (_READ | _WRITE)
+                for offset, size in self._mappings.file_pieces(mapping):
+                    body = DmaMap(iova, size, rights, offset if fds else 0).pack()
+                    for link in links:
+                        call = await link.begin(_DMA_MAP, body, operation="map_dma", fds=fds)
+                        sent.append(_Told(link, call, iova, size, mapping))
+                    iova += size
+                while len(sent) - ended > _PIPELINED * len(links):
+                    await sent[ended].end()
+                    ended += 1
+            await trio.lowlevel.checkpoint()
+            while ended < len(sent):
+                await sent[ended].end()
+                ended += 1
+        except BaseException:
+            await self._take_back(sent)
+            raise
+
+    async def _take_back(self, sent: list[_Told]) -> None:
+        with trio.CancelScope(shield=True):
+            done = [told for told in sent if await told.link.settle(told.call)]
+            waiting = []
+            for told in done:
+                if told.link.connected:
+                    waiting += await self._ask(told.link, DmaUnmap(told.iova, told.size).pack())
+            for link, call in waiting:
+                await self._answered(link, call)
+
+    # Unmaps.
+
+    def try_unmap_dma_nowait(self, iova: int, size: int) -> int:
+        self._check_ready("unmap_dma")
+        if self._mappings.to_unmap(iova, size, v2=self._v2):
+            raise trio.WouldBlock
+        return 0
+
+    async def try_unmap_dma(self, iova: int, size: int) -> int:
+        """As the base class says; raises DeadlineExceeded where a server does not answer: it is unmapped, and its
+        memory stays pinned.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            found = await self._to_unmap(iova, size)
+        except VfioError:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            raise
+        await self._unmap(found)
+        return sum(mapping.size for mapping in found)
+
+    async def try_unmap_dma_batch(self, iovas: npt.ArrayLike, sizes: npt.ArrayLike) -> Words:
+        await trio.lowlevel.checkpoint()
+        at, lengths = ranges_of(iovas, sizes)
+        self._check_ready("unmap_dma")
+        unmapped = np.zeros(len(at), np.uint64)
+        taken: dict[int, Mapping] = {}
+        refusal: tuple[VfioError, int] | None = None
+        for index, (iova, size) in enumerate(zip(at.tolist(), lengths.tolist(), strict=True)):
+            try:
+                found = await self._to_unmap(iova, size)
+            except VfioError as error:
+                refusal = error, index
+                break
+            fresh = [mapping for mapping in found if mapping.iova not in taken]
+            taken |= {mapping.iova: mapping for mapping in fresh}
+            unmapped[index] = sum(mapping.size for mapping in fresh)
+        await self._unmap(list(taken.values()))
+        if refusal is not None:
+            raise VfioBatchError(*refusal, unmapped[: refusal[1]])
+        return unmapped
+
+    async def unmap_all(self) -> int:
+        await trio.lowlevel.checkpoint()
+        self._check_ready("unmap_dma")
+        while self._busy:
+            await next(iter(self._busy.values())).wait()
+        found = list(self._mappings)
+        await self._unmap(found)
+        self._forget_iovas()
+        return sum(mapping.size for mapping in found)
+
+    async def _to_unmap(self, iova: int, size: int) -> list[Mapping]:
+        """What to unmap, once no other request is about any of it."""
+        while True:
+            self._check_ready("unmap_dma")
+            found = self._mappings.to_unmap(iova, size, v2=self._v2)
+            busy = next((self._busy[m.iova] for m in found if m.iova in self._busy), None)
+            if busy is None:
+                return found
+            await busy.wait()
+
+    async def _unmap(self, mappings: list[Mapping]) -> None:
+        """Takes mappings away from every server, and then away; not cancelled once it began."""
+        if not mappings:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        links = [link for link in self.links if link.fed]
+        with self._at_work(mappings), trio.CancelScope(shield=True):
+            silent = await self._retract(mappings, links)
+            silent = silent or any(link.silent for link in self.links)
+            for mapping in mappings:
+                self._mappings.drop(mapping, keep=silent)
+        if silent:
+            raise DeadlineExceeded("unmap_dma", self._vfio.deadline, device=self._silent_name())
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def _retract(self, mappings: Iterable[Mapping], links: list[Link]) -> bool:
+        """DMA_UNMAPs; whether a server did not say. One that refuses is lost: it forgets everything."""
+        waiting: list[tuple[Link, Call]] = []
+        for mapping in mappings:
+            iova = mapping.iova
+            for _, size in self._mappings.file_pieces(mapping):
+                body = DmaUnmap(iova, size).pack()
+                for link in links:
+                    if link.connected:
+                        waiting += await self._ask(link, body)
+                iova += size
+            while len(waiting) > _PIPELINED * len(links):
+                await self._answered(*waiting.pop(0))
+        await trio.lowlevel.checkpoint()
+        for link, call in waiting:
+            await self._answered(link, call)
+        silent: bool = any(link.silent for link in links)
+        return silent
+
+    @staticmethod
+    async def _ask(link: Link, body: bytes) -> list[tuple[Link, Call]]:
+        try:
+            return [(link, await link.begin(_DMA_UNMAP, body, operation="unmap_dma"))]
+        except (VfioError, DeadlineExceeded):  # lost
+            return []
+
+    @staticmethod
+    async def _answered(link: Link, call: Call) -> None:
+        try:
+            await link.end(call)
+        except DeadlineExceeded:
+            link.lose(f"no answer to an unmap within {link.deadline:g} s", silent=True)
+        except VfioError as error:
+            link.lose(f"it refused an unmap: {error.reason or error.strerror}")
+
+    # What is asked before.
+
+    async def close(self) -> None:
+        self.closed = True
+        if not self.links:
+            self._memory = None
+        await trio.lowlevel.checkpoint()
+
+    def _new_buffer(self, size: int, align: int, scattered: bool) -> DmaBuffer:
+        if self._memory is None:
+            self._memory = self._vfio.new_memory()
+        buffer: DmaBuffer = self._memory.alloc(size, align=align, scattered=scattered)
+        return buffer
+
+    @property
+    def _v2(self) -> bool:
+        return bool(self._kind == lib.VFIO_TYPE1v2_IOMMU)
+
+    def _most_pieces(self) -> int:
+        return min((link.limits.max_dma_maps for link in self.links), default=0)
+
+    def _fed_links(self, operation: str) -> list[Link]:
+        """The servers to tell. Raises ENODEV where none is left."""
+        lost = [link for link in self.links if link.lost is not None]
+        if lost and len(lost) == len(self.links):
+            raise lost[0].error(operation)
+        return [link for link in self.links if link.fed]
+
+    def _silent_name(self) -> str | None:
+        return next((link.name for link in self.links if link.silent), None)
+
+    def _check_open(self, operation: str) -> None:
+        if self.closed:
+            raise VfioError(errno.EBADF, operation, "the container is closed")
+
+    def _check_ready(self, operation: str) -> None:
+        self._check_open(operation)
+        if self._kind is None:
+            raise VfioError(errno.EINVAL, operation, "before SET_IOMMU")
+
+    def _at_work(self, mappings: list[Mapping]) -> _Work:
+        return _Work(self._busy, [mapping.iova for mapping in mappings])
+
+
+class _Told(NamedTuple):
+    """A DMA_MAP that was sent: of a piece, [iova, iova + size), of a mapping."""
+
+    link: Link
+    call: Call
+    iova: int
+    size: int
+    mapping: Mapping
+
+    async def end(self) -> None:
+        try:
+            await self.link.end(self.call)
+        except VfioError as error:
+            if not self.link.connected:
+                raise
+            raise VfioError(
+                error.errno or errno.EIO,
+                "map_dma",
+                error.reason or "the server refused it",
+                device=self.link.name,
+                iova=self.mapping.iova,
+                length=self.mapping.size,
+            ) from None
+
+
+class _Work:
+    """While it is entered, other requests about these mappings wait."""
+
+    def __init__(self, busy: dict[int, trio.Event], iovas: list[int]) -> None:
+        self._busy = busy
+        self._iovas = iovas
+
+    def __enter__(self) -> None:
+        event = trio.Event()
+        for iova in self._iovas:
+            self._busy[iova] = event
+
+    def __exit__(self, *exception: object) -> None:
+        event = self._busy.get(self._iovas[0]) if self._iovas else None
+        for iova in self._iovas:
+            self._busy.pop(iova, None)
+        if event is not None:
+            event.set()
