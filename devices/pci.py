@@ -20,6 +20,7 @@ from pvfio.abi import lib
 from pvfio.devices import pci_layout
 from pvfio.devices.config_space import ConfigSpace
 from pvfio.devices.pci_layout import Bar, MsixLayout, PciIdentity
+from pvfio.memory import PAGE_SIZE, map_fd
 from pvfio.silicon import BusMaster, Msix
 
 __all__ = ["Bar", "MsixLayout", "PciFunction", "PciIdentity"]
@@ -34,7 +35,7 @@ class PciFunction:
     Out of reset memory decoding and bus mastering are off: BARs read as ones and drop writes, and every DMA
     ends as cancelled (``BusMaster.cancel``), until the driver sets PCI_COMMAND_MEMORY and
     PCI_COMMAND_MASTER. D3hot turns both off as well. Hooks for subclasses: ``mmio_read``, ``mmio_write``,
-    ``on_reset``, ``on_enable``, ``mmio``, ``bar_memory``, ``run``. Raises ``ValueError`` for BARs that
+    ``on_reset``, ``on_enable``, ``mmio``, ``bar_fd``, ``run``. Raises ``ValueError`` for BARs that
     overlap or an MSI-X layout outside them.
     """
 
@@ -132,10 +133,20 @@ class PciFunction:
 
     def map_area(self, bar: int, offset: int, size: int) -> memoryview:
         """A view of ``size`` bytes of a BAR's memory. Raises ``OSError`` (EINVAL) outside its mmap areas."""
+        fd, at = self.map_fd(bar, offset, size)
+        inside = at % PAGE_SIZE
+        pages = map_fd(fd, at - inside, -(-(inside + size) // PAGE_SIZE) * PAGE_SIZE, write=True)
+        return pages.view()[inside : inside + size]
+
+    def map_fd(self, bar: int, offset: int, size: int) -> tuple[int, int]:
+        """For another process to map a BAR's memory: a descriptor, which stays the device's, and where in its file.
+
+        The file cannot be truncated; it reaches to the end of what was asked for at least. Raises as ``map_area``.
+        """
         found = self._bars.get(bar)
         for start, length in found.mmap_areas if found else ():
             if size > 0 and start <= offset and offset + size <= start + length:
-                return self.bar_memory(bar)[offset : offset + size]
+                return self.bar_fd(bar), offset
         raise OSError(errno.EINVAL, f"BAR {bar}: {offset:#x}+{size:#x} is not memory that can be mapped")
 
     def connect_intx(self, callback: Callable[[bool], None] | None) -> None:
@@ -235,8 +246,8 @@ class PciFunction:
         """The ``struct pv_mmio *`` of a BAR that has a path in C, else None."""
         return None
 
-    def bar_memory(self, bar: int) -> memoryview:
-        """The memory behind a BAR that has mmap areas, all of the BAR."""
+    def bar_fd(self, bar: int) -> int:
+        """A file with the mmap areas of a BAR in it, each at its offset in the BAR."""
         raise OSError(errno.EINVAL, f"BAR {bar} is not memory")
 
     # Behaviour.

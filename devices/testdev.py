@@ -25,10 +25,14 @@ Registers, from BAR 0 offset 0x4000 (and BAR 2 offset 0), little endian:
 
 from __future__ import annotations
 
+import fcntl
+import os
+import weakref
 from typing import Final
 
 from pvfio.abi import lib
 from pvfio.devices.pci import Bar, MsixLayout, PciFunction, PciIdentity
+from pvfio.memory import map_fd
 from pvfio.silicon import BusMaster, DmaAborted, DmaCancelled
 
 __all__ = ["TestDevice"]
@@ -55,7 +59,13 @@ class TestDevice(PciFunction):
     IDLE, DONE, ABORTED, CANCELLED, BAD_COMMAND = range(5)
 
     def __init__(self, bus: BusMaster, *, vectors: int = 4, intx: bool = False, ats: bool = False) -> None:
-        self.scratch = bytearray(_SCRATCH)
+        self._scratch_fd = os.memfd_create("pvfio-testdev", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self._scratch_fd)
+        os.ftruncate(self._scratch_fd, _SCRATCH)
+        fcntl.fcntl(
+            self._scratch_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+        self.scratch = map_fd(self._scratch_fd, 0, _SCRATCH, write=True).view()
         self._registers = bytearray(_PAGE)
         super().__init__(
             bus,
@@ -76,9 +86,9 @@ class TestDevice(PciFunction):
         self._registers[:] = bytes(_PAGE)
         self._put(0, 4, _ID)
 
-    def bar_memory(self, bar: int) -> memoryview:
+    def bar_fd(self, bar: int) -> int:
         """The scratch memory of BAR 0."""
-        return memoryview(self.scratch) if bar == 0 else super().bar_memory(bar)
+        return self._scratch_fd if bar == 0 else super().bar_fd(bar)
 
     def mmio_read(self, bar: int, offset: int, size: int) -> int:
         """Scratch memory or a register; what is neither reads zero."""

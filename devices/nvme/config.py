@@ -44,8 +44,8 @@ class NvmeConfig:
     MSI-X, one for the admin queue and one for each I/O queue by default. ``serial``: what sets the controller apart,
     and of which the names of its subsystem and namespaces (NQN, UUID, NGUID, EUI-64) are made; empty: the device's
     ``identity`` decides. ``power_on_hours``: what the health log begins with. ``poll_doorbells``: the doorbell page may
-    be mapped, and is looked at every millisecond. ``short_test_seconds``, ``extended_test_seconds``,
-    ``sanitize_seconds``: what self-tests and sanitizing take at least.
+    be mapped, and an engine that is a thread looks at it every millisecond at least. ``short_test_seconds``,
+    ``extended_test_seconds``, ``sanitize_seconds``: what self-tests and sanitizing take at least.
     Raises ``ValueError`` for what no controller can be.
     """
 

@@ -5,13 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "nvme_private.h"
 
-#define PAGE 4096u
+#define LONGEST_POLL_NS 800000 /* with waking up and the work, 1 ms at most from a store to its completion */
 #define COALESCE_UNIT_NS 100000u
 
 uint64_t nvme_now(void)
@@ -37,15 +36,10 @@ void nvme_fatal(struct pv_nvme *nvme)
 
 static bool allocate(struct pv_nvme *nvme)
 {
-    nvme->doorbell_bytes = (((uint64_t)2 * PV_NVME_QUEUES * 4 << nvme->config.dstrd) + PAGE - 1) & ~(uint64_t)(PAGE - 1);
-    void *page = mmap(NULL, nvme->doorbell_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED)
-        return false;
-    nvme->doorbell = page;
     nvme->admin = calloc(NVME_AQA_MAX, sizeof(*nvme->admin));
     nvme->bounce = malloc(NVME_BOUNCE);
     nvme->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    return nvme->admin && nvme->bounce && nvme->event_fd >= 0;
+    return nvme->admin && nvme->bounce && nvme->event_fd >= 0 && nvme_make_doorbells(nvme);
 }
 
 struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind)
@@ -62,7 +56,7 @@ struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bu
     nvme->msix = pv_msix_get(msix);
     nvme->threaded = kind == PV_ENGINE_THREAD;
     nvme->mmio = (struct pv_mmio){&nvme_mmio_ops, nvme, 0};
-    nvme->event_fd = -1;
+    nvme->event_fd = nvme->doorbell_fd = -1;
     nvme->answers_end = &nvme->answers;
     nvme->synced_end = &nvme->synced;
     atomic_init(&nvme->due, NVME_NEVER);
@@ -70,7 +64,7 @@ struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bu
     pv_nvme_set_arbitration(nvme, 7, 0, 0, 0);
     if (allocate(nvme)) {
         nvme->mmio.size = NVME_REG_DBS + nvme->doorbell_bytes;
-        nvme->engine = pv_engine_create(nvme_step, nvme, kind, config->poll_doorbells ? 1000000 : 0);
+        nvme->engine = pv_engine_create(nvme_step, nvme, kind, config->poll_doorbells ? LONGEST_POLL_NS : 0);
     }
     if (!nvme->engine) {
         pv_nvme_destroy(nvme);
@@ -98,8 +92,7 @@ void pv_nvme_destroy(struct pv_nvme *nvme)
     pv_engine_destroy(nvme->engine);
     for (uint32_t i = 0; i < PV_NVME_NAMESPACES; i++)
         drop_namespace(&nvme->ns[i]);
-    if (nvme->doorbell)
-        munmap((void *)nvme->doorbell, nvme->doorbell_bytes);
+    nvme_drop_doorbells(nvme);
     if (nvme->event_fd >= 0)
         close(nvme->event_fd);
     free(nvme->admin);
@@ -123,12 +116,6 @@ struct pv_mmio *pv_nvme_mmio(struct pv_nvme *nvme)
 void pv_nvme_decode(struct pv_nvme *nvme, int on)
 {
     atomic_store(&nvme->decode, on ? 1u : 0u);
-}
-
-uint8_t *pv_nvme_doorbells(struct pv_nvme *nvme, uint64_t *size)
-{
-    *size = nvme->doorbell_bytes;
-    return (uint8_t *)nvme->doorbell;
 }
 
 int pv_nvme_event_fd(struct pv_nvme *nvme)

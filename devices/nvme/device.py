@@ -341,6 +341,10 @@ class NvmeDevice(FaultHooks, PciFunction):
         """The doorbells' path in C."""
         return self._mmio if bar == _BAR else None
 
+    def bar_fd(self, bar: int) -> int:
+        """The doorbell page(s)."""
+        return int(lib.pv_nvme_doorbell_fd(self._nvme)) if bar == _BAR else super().bar_fd(bar)
+
     def on_enable(self, memory: bool, master: bool) -> None:
         """Doorbells count only while memory decodes; work that waited for bus mastering goes on."""
         lib.pv_nvme_decode(self._nvme, memory)

@@ -5,11 +5,59 @@
  * that were not fetched yet, a completion queue head that passes what was completed. With shadow buffers, a store to BAR
  * 0 only says that the I/O queues' values are to be looked at there. They begin as what the doorbells are: a driver
  * compares with the old value there, and need not clear what another queue, or another life of this one, left.
+ *
+ * A page that a client maps may change at any time: each value is read once, and checked after that.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "nvme_private.h"
+
+#define PAGE 4096u
+#define COMPLAIN_NS 1000000
+
+/* A file for others to map: as if it were the BAR from its start on, but the doorbells alone are in it. */
+static int make_file(uint64_t size)
+{
+    int fd = memfd_create("pvfio-nvme-doorbells", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -1;
+    if (!ftruncate(fd, (off_t)size) && !fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+        return fd;
+    close(fd);
+    return -1;
+}
+
+bool nvme_make_doorbells(struct pv_nvme *nvme)
+{
+    bool shared = nvme->config.poll_doorbells;
+    uint64_t size = (((uint64_t)2 * PV_NVME_QUEUES * 4 << nvme->config.dstrd) + PAGE - 1) & ~(uint64_t)(PAGE - 1);
+    if (shared && (nvme->doorbell_fd = make_file(NVME_REG_DBS + size)) < 0)
+        return false;
+    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | (shared ? 0 : MAP_ANONYMOUS), nvme->doorbell_fd,
+                      shared ? NVME_REG_DBS : 0);
+    if (page == MAP_FAILED)
+        return false;
+    nvme->doorbell = page;
+    nvme->doorbell_bytes = size;
+    return true;
+}
+
+void nvme_drop_doorbells(struct pv_nvme *nvme)
+{
+    if (nvme->doorbell)
+        munmap((void *)nvme->doorbell, nvme->doorbell_bytes);
+    if (nvme->doorbell_fd >= 0)
+        close(nvme->doorbell_fd);
+}
+
+int pv_nvme_doorbell_fd(struct pv_nvme *nvme)
+{
+    return nvme->doorbell_fd;
+}
 
 static unsigned stride_shift(const struct pv_nvme *nvme)
 {
@@ -67,13 +115,25 @@ static bool is_shadowed(const struct pv_nvme *nvme, uint32_t index)
     return nvme->shadow && index >= 2;
 }
 
+/* Stores into a mapped page cost a client nothing: it shall not keep the admin side busy with them. */
+static void complain(struct pv_nvme *nvme, uint32_t event)
+{
+    if (nvme->config.poll_doorbells) {
+        uint64_t now = nvme_now();
+        if (now < nvme->complain_at)
+            return;
+        nvme->complain_at = now + COMPLAIN_NS;
+    }
+    nvme_event(nvme, event);
+}
+
 static void hear_sq(struct pv_nvme *nvme, uint32_t id, uint32_t tail)
 {
     struct nvme_sq *sq = &nvme->sq[id];
     if (!sq->live) {
-        nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
+        complain(nvme, PV_NVME_EVENT_DOORBELL);
     } else if (tail >= sq->size || ahead(sq->head, tail, sq->size) < ahead(sq->head, sq->tail, sq->size)) {
-        nvme_event(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
+        complain(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
     } else {
         sq->tail = tail;
         if (tail != sq->head)
@@ -85,11 +145,11 @@ static void hear_cq(struct pv_nvme *nvme, uint32_t id, uint32_t head)
 {
     struct nvme_cq *cq = &nvme->cq[id];
     if (!cq->live) {
-        nvme_event(nvme, PV_NVME_EVENT_DOORBELL);
+        complain(nvme, PV_NVME_EVENT_DOORBELL);
         return;
     }
     if (head >= cq->size || ahead(cq->head, head, cq->size) > ahead(cq->head, cq->tail, cq->size)) {
-        nvme_event(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
+        complain(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
         return;
     }
     cq->head = head;
@@ -195,7 +255,7 @@ static bool hear_shadow(struct pv_nvme *nvme)
 bool nvme_hear(struct pv_nvme *nvme)
 {
     bool any = hear_rung(nvme);
-    if (nvme->config.poll_doorbells)
+    if (nvme->config.poll_doorbells && atomic_load_explicit(&nvme->decode, memory_order_relaxed))
         any |= hear_page(nvme);
     if (nvme->shadow)
         any |= hear_shadow(nvme);

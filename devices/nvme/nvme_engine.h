@@ -76,8 +76,8 @@ struct pv_engine *pv_nvme_engine(struct pv_nvme *nvme);
 struct pv_mmio *pv_nvme_mmio(struct pv_nvme *nvme);
 /* Not zero: doorbells count (PCI memory space enable). */
 void pv_nvme_decode(struct pv_nvme *nvme, int on);
-/* The doorbell page(s), for a client that maps them. */
-uint8_t *pv_nvme_doorbells(struct pv_nvme *nvme, uint64_t *size);
+/* The file whose pages from NVME_REG_DBS on are the doorbells, sealed; the controller's own. -1 unless they are polled. */
+int pv_nvme_doorbell_fd(struct pv_nvme *nvme);
 
 /* An eventfd, and what it rang for; taking clears. */
 int pv_nvme_event_fd(struct pv_nvme *nvme);

@@ -94,6 +94,8 @@ struct pv_nvme {
 
     _Atomic uint32_t *doorbell;
     uint64_t doorbell_bytes;
+    int doorbell_fd;      /* -1: nobody maps them */
+    uint64_t complain_at; /* before that, no word of doorbells that cannot be */
     _Atomic uint64_t rung[4]; /* SQs, then CQs, 128 bits each */
     uint32_t heard[2 * PV_NVME_QUEUES];
     uint64_t shadow, event_index;
@@ -162,7 +164,10 @@ uint64_t nvme_now(void);
 void nvme_event(struct pv_nvme *nvme, uint32_t event);
 void nvme_fatal(struct pv_nvme *nvme);
 
-/* doorbell.c: what was rung since the last call; whether anything was. */
+/* doorbell.c: the page(s); false: no room. */
+bool nvme_make_doorbells(struct pv_nvme *nvme);
+void nvme_drop_doorbells(struct pv_nvme *nvme);
+/* What was rung since the last call; whether anything was. */
 bool nvme_hear(struct pv_nvme *nvme);
 /* Where there are shadow doorbells: stores that of a queue and its event index, which the driver compares to ring. */
 void nvme_begin_shadow(struct pv_nvme *nvme, uint32_t index);

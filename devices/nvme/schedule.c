@@ -289,10 +289,10 @@ int nvme_step(void *device)
 {
     struct pv_nvme *nvme = device;
     if (!atomic_load_explicit(&nvme->ready, memory_order_acquire) || !atomic_load(&nvme->enabled))
-        return PV_STEP_IDLE;
+        return PV_STEP_OFF;
     if (is_dead(nvme)) {
         nvme_set_due(nvme);
-        return PV_STEP_IDLE;
+        return PV_STEP_OFF;
     }
     if (atomic_load_explicit(&nvme->bus->cancel, memory_order_relaxed))
         return PV_STEP_IDLE;

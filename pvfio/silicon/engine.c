@@ -14,12 +14,17 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define SPIN_NS 10000
 #define FOREVER UINT64_MAX
+/* Polling: looks all the time for so long after work, then after sleeps of an eighth of the time that there was none. */
+#define POLL_SPIN_NS 30000
+#define POLL_SHORTEST_NS 50000
+#define POLL_SHARE 8
 
 struct pv_engine {
     pv_engine_step step;
@@ -57,12 +62,17 @@ static void futex_wake(_Atomic uint32_t *word)
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
-/* With `run` held: steps until idle, stopped or paused. */
-static void run_steps(struct pv_engine *e)
+/* With `run` held: steps until idle, stopped or paused. What the last one said; *worked: whether one made progress. */
+static int run_steps(struct pv_engine *e, bool *worked)
 {
-    while (!atomic_load(&e->pausing) && !atomic_load(&e->stopped) && !atomic_load(&e->leaving))
-        if (e->step(e->device) != PV_STEP_PROGRESS)
+    int said = PV_STEP_OFF;
+    while (!atomic_load(&e->pausing) && !atomic_load(&e->stopped) && !atomic_load(&e->leaving)) {
+        said = e->step(e->device);
+        if (said != PV_STEP_PROGRESS)
             break;
+        *worked = true;
+    }
+    return said;
 }
 
 static void run_inline(struct pv_engine *e)
@@ -71,17 +81,18 @@ static void run_inline(struct pv_engine *e)
         uint32_t seen = atomic_load(&e->kicks);
         if (pthread_mutex_trylock(&e->run))
             return; /* whoever runs looks at `kicks` again after unlocking */
-        run_steps(e);
+        bool worked = false;
+        run_steps(e, &worked);
         pthread_mutex_unlock(&e->run);
         if (atomic_load(&e->kicks) == seen)
             return;
     }
 }
 
-/* How long a sleep may last; 0: not at all. */
-static uint64_t longest_sleep(struct pv_engine *e)
+/* How long a sleep may last that is to be no longer than `longest`; 0: not at all. */
+static uint64_t longest_sleep(struct pv_engine *e, uint64_t longest)
 {
-    uint64_t wake_at = atomic_load(&e->wake_at), longest = e->poll_ns ? e->poll_ns : FOREVER;
+    uint64_t wake_at = atomic_load(&e->wake_at);
     if (!wake_at)
         return longest;
     uint64_t now = now_ns();
@@ -90,18 +101,21 @@ static uint64_t longest_sleep(struct pv_engine *e)
     return wake_at - now < longest ? wake_at - now : longest;
 }
 
-static void idle(struct pv_engine *e, uint32_t seen)
+static bool is_kicked(struct pv_engine *e, uint32_t seen)
 {
-    uint64_t until = now_ns() + SPIN_NS;
-    do {
-        for (int i = 0; i < 32; i++) {
-            if (atomic_load_explicit(&e->kicks, memory_order_acquire) != seen)
-                return;
-            __builtin_ia32_pause();
-        }
-    } while (now_ns() < until);
+    for (int i = 0; i < 32; i++) {
+        if (atomic_load_explicit(&e->kicks, memory_order_acquire) != seen)
+            return true;
+        __builtin_ia32_pause();
+    }
+    return false;
+}
+
+/* At most `longest`; FOREVER: until there is a kick. */
+static void sleep_until_kicked(struct pv_engine *e, uint32_t seen, uint64_t longest)
+{
     atomic_store(&e->sleeping, 1);
-    uint64_t longest = longest_sleep(e);
+    longest = longest_sleep(e, longest);
     if (longest && atomic_load(&e->kicks) == seen) {
         atomic_fetch_add_explicit(&e->sleeps, 1, memory_order_relaxed);
         futex_wait(&e->kicks, seen, longest == FOREVER ? 0 : longest);
@@ -109,16 +123,47 @@ static void idle(struct pv_engine *e, uint32_t seen)
     atomic_store(&e->sleeping, 0);
 }
 
+static void idle(struct pv_engine *e, uint32_t seen)
+{
+    uint64_t until = now_ns() + SPIN_NS;
+    do {
+        if (is_kicked(e, seen))
+            return;
+    } while (now_ns() < until);
+    sleep_until_kicked(e, seen, FOREVER);
+}
+
+/* Nobody may ever kick: the next look is soon after work, later the longer there was none. */
+static void idle_polling(struct pv_engine *e, uint32_t seen, uint64_t since)
+{
+    uint64_t quiet = now_ns() - since, pause = quiet / POLL_SHARE;
+    if (quiet < POLL_SPIN_NS) {
+        is_kicked(e, seen);
+        return;
+    }
+    pause = pause < POLL_SHORTEST_NS ? POLL_SHORTEST_NS : pause;
+    sleep_until_kicked(e, seen, pause < e->poll_ns ? pause : e->poll_ns);
+}
+
 static void *run_thread(void *arg)
 {
     struct pv_engine *e = arg;
+    uint64_t since = 0;
+    if (e->poll_ns)
+        prctl(PR_SET_TIMERSLACK, 1000ul); /* else 50 us come on top of every sleep */
     idle(e, 0); /* no step before the first kick: the device may not have stored the engine yet */
     while (!atomic_load(&e->leaving)) {
+        bool worked = false;
         uint32_t seen = atomic_load(&e->kicks);
         pthread_mutex_lock(&e->run);
-        run_steps(e);
+        int said = run_steps(e, &worked);
         pthread_mutex_unlock(&e->run);
-        idle(e, seen);
+        if (worked && e->poll_ns)
+            since = now_ns();
+        if (e->poll_ns && said != PV_STEP_OFF && said != PV_STEP_STOPPED)
+            idle_polling(e, seen, since);
+        else
+            idle(e, seen);
     }
     return NULL;
 }

@@ -20,6 +20,7 @@ typedef int (*pv_engine_step)(void *device);
 #define PV_STEP_IDLE 0
 #define PV_STEP_PROGRESS 1
 #define PV_STEP_STOPPED 2
+#define PV_STEP_OFF 3 /* idle, and only a kick changes that: a polling engine does not look any more */
 
 #define PV_ENGINE_INLINE 0
 #define PV_ENGINE_THREAD 1
@@ -47,7 +48,10 @@ int pv_engine_stop_fd(struct pv_engine *engine);
 void pv_engine_stats(struct pv_engine *engine, struct pv_engine_stats *out);
 /* cffi: end */
 
-/* poll_ns: 0, or how often a threaded engine looks for work nobody announced (at most 1 ms is 1000000). */
+/*
+ * poll_ns: 0, or how often at least a threaded engine looks for work nobody announced (at most 1 ms is 1000000). It looks
+ * more often while there is work and soon after.
+ */
 struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, uint64_t poll_ns);
 /* From a step: a threaded engine does not sleep beyond that time (CLOCK_MONOTONIC, ns); 0: as long as it likes. */
 void pv_engine_wake_at(struct pv_engine *engine, uint64_t when);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -151,6 +153,36 @@ def test_unaligned_accesses(device: TestDevice, size: int, offset: int) -> None:
     expected = bytearray(pattern)
     expected[offset : offset + size] = value.to_bytes(size, "little")
     assert device.scratch[:16] == expected
+
+
+def test_memory_for_another_process(device: TestDevice) -> None:
+    fd, at = device.map_fd(0, 0x1000, 0x2000)
+    device.scratch[0x1000:0x1004] = b"ours"
+    with mmap.mmap(fd, 0x2000, offset=at) as theirs:
+        assert theirs[:4] == b"ours"
+        theirs[:6] = b"theirs"
+    assert bytes(device.map_area(0, 0x1002, 4)) == b"eirs"
+    for size in (0, 0x10000):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+
+
+@pytest.mark.parametrize(
+    ("bar", "offset", "size"),
+    [
+        (0, 0x4000, 0x1000),
+        (0, 0x3000, 0x2000),
+        (0, 0, 0),
+        (0, -0x1000, 0x1000),
+        (1, 0, 0x1000),
+        (2, 0, 0x1000),
+    ],
+)
+def test_what_is_not_memory(device: TestDevice, bar: int, offset: int, size: int) -> None:
+    for ask in (device.map_fd, device.map_area):
+        with pytest.raises(OSError) as refused:
+            ask(bar, offset, size)
+        assert refused.value.errno == errno.EINVAL
 
 
 BAD_ACCESSES = [(0, 0x8000, 1), (0, 0x7FFD, 4), (0, -1, 1), (1, 0, 4), (6, 0, 4), (0, 0, 0), (0, 0, 5)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,6 +40,16 @@ def command(opcode: int, nsid: int = 1, *, lba: int = 0, blocks: int = 1, **fiel
     for name, value in fields.items():
         out[name] = value
     return out[0]
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """What the condition gives as soon as it is true; the engine is a thread, and has two seconds."""
+    stop = threading.Event()
+    for _ in range(2000):
+        if found := condition():
+            return found
+        stop.wait(0.001)
+    raise AssertionError("nothing happened")
 
 
 class Rig:

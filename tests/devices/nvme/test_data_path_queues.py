@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 
 from pvfio.abi import ffi, lib
 from pvfio.silicon.engine import EngineKind
-from tests.devices.nvme.data_path_rig import DATA, DNR, ENTRIES, MEMORY, PAGE, Rig, command, noise
+from tests.devices.nvme.data_path_rig import DATA, DNR, ENTRIES, MEMORY, PAGE, Rig, command, noise, wait_for
 
 pytestmark = pytest.mark.touches_c
 
@@ -22,16 +21,6 @@ READ, WRITE, FLUSH = lib.NVME_CMD_READ, lib.NVME_CMD_WRITE, lib.NVME_CMD_FLUSH
 SHADOW, EVENTS = MEMORY + 0xE0000, MEMORY + 0xE1000
 INLINE_AND_THREAD: list[EngineKind] = ["inline", "thread"]
 BAD_DOORBELL, BAD_VALUE = lib.PV_NVME_EVENT_DOORBELL, lib.PV_NVME_EVENT_DOORBELL_VALUE
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """What the condition gives as soon as it is true; the engine is a thread, and has two seconds."""
-    stop = threading.Event()
-    for _ in range(2000):
-        if found := condition():
-            return found
-        stop.wait(0.001)
-    raise AssertionError("nothing happened")
 
 
 def completions(rig: Rig, count: int, queue: int = 1) -> None:
@@ -189,21 +178,6 @@ class TestDoorbells:
             lib.pv_nvme_decode(rig.nvme, 0)
             rig.submit(command(READ))
             assert not rig.peek()
-
-    def test_a_mapped_page(self) -> None:
-        """A client stores into the page itself; the engine looks at it at least every millisecond."""
-        with Rig("thread", poll=True) as rig:
-            rig.memory_namespace()
-            page = np.frombuffer(
-                ffi.buffer(lib.pv_nvme_doorbells(rig.nvme, ffi.new("uint64_t *")), PAGE), "<u4"
-            )
-            for _ in range(5):
-                [cid] = rig.fill(command(READ))
-                page[2] = rig.tail[1]
-                wait_for(rig.peek)
-                assert [int(entry["cid"]) for entry in rig.peek()] == [cid]
-                rig.head[1] = (rig.head[1] + 1) % (2 * ENTRIES)
-                page[3] = rig.head[1] % ENTRIES
 
 
 class TestShadowDoorbells:

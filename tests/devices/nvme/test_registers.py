@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,19 @@ async def test_msix_after_bus_mastering() -> None:
 def _messages(rig: Rig) -> int:
     bus = rig.device.bus
     return int(bus.msis()[0])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dstrd", [0, 4])
+async def test_the_doorbell_page_can_be_mapped_where_it_is_polled(dstrd: int) -> None:
+    async with running(NvmeConfig(poll_doorbells=True, dstrd=dstrd), enable=False) as rig:
+        [bar] = rig.device.bars()
+        [(offset, size)] = bar.mmap_areas
+        assert offset == lib.NVME_REG_DBS
+        fd, at = rig.device.map_fd(bar.index, offset, size)
+        assert at == offset
+        assert os.fstat(fd).st_size == offset + size
+        with pytest.raises(OSError):
+            rig.device.map_fd(bar.index, 0, size)
+    async with running(NvmeConfig(), enable=False) as rig:
+        with pytest.raises(OSError):
+            rig.device.map_fd(bar.index, offset, 4096)
