@@ -1,4 +1,4 @@
-"""The command line: ``pvfio dmatest``, ``fio``, ``nvme``, ``dma-map-benchmark``, ``walk``, ``devices``.
+"""The command line: ``pvfio dmatest``, ``fio``, ``nvme``, ``serve``, ``dma-map-benchmark``, ``walk``, ``devices``.
 
 Only names, options and exit statuses are here; what a command does is imported when it runs. Exit statuses:
 0 done, 1 a test or the machine failed, 2 the request cannot be (one line on standard error says why), 130
@@ -56,6 +56,12 @@ class EngineChoice(StrEnum):
 
     inline = "inline"
     thread = "thread"
+
+
+class ServeLog(StrEnum):
+    """What ``serve`` tells on standard error."""
+
+    wire = "wire"
 
 
 class Completion(StrEnum):
@@ -481,6 +487,61 @@ def devices(
     from pvfio import cli_devices
 
     raise typer.Exit(cli_devices.run(platform.value, verbose=verbose))
+
+
+@app.command()
+def serve(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="nvme, dsa or testdev; or use --device.")
+    ] = None,
+    socket: Annotated[Path | None, typer.Option(metavar="PATH", help="The device's socket.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="nvme: a namespace is this raw file; may be repeated."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="nvme: a namespace in memory (1G without an image).")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="dsa: dsa1.0 or dsa2.0.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="WORD=VALUE", help="Another word of the device (lba=4096)."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND,socket=PATH,...",
+            help="A device with its words; may be repeated: all in one process.",
+        ),
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="OCTAL", help="Permissions of the sockets.")] = "0600",
+    log: Annotated[
+        ServeLog | None, typer.Option(help="wire: a line for every message, on standard error.")
+    ] = None,
+) -> None:
+    """Serve devices to QEMU and other vfio-user clients, until SIGINT or SIGTERM.
+
+    Words of nvme: image, size, lba, read-only, serial, queues; of dsa: preset; of testdev: intx, vectors. A comma in a
+    value of --device is doubled. QEMU: -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"PATH"}}'.
+    """
+    from pvfio import cli_serve
+
+    try:
+        permissions = int(mode, 8)
+    except ValueError:
+        permissions = -1
+    if not 0 <= permissions <= 0o777:
+        raise typer.BadParameter(f"--mode: {mode!r} is not octal (0600)")
+    words = [("image", str(path)) for path in image or ()]
+    words += [(word, value) for word, value in (("size", size), ("preset", preset)) if value is not None]
+    for text in option or ():
+        word, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--option: {text!r} is not WORD=VALUE")
+        words.append((word, value))
+    raise typer.Exit(
+        cli_serve.serve(kind, socket, words, device or [], mode=permissions, wire=log is not None)
+    )
 
 
 def main() -> None:
