@@ -23,10 +23,10 @@ _CLASSES = {
     0x088000: "System peripheral",
     0x00FF00: "Unclassified device",
 }
-_VENDORS = {0x8086: "Intel Corporation", 0x1B36: "Red Hat, Inc.", 0x1234: "QEMU"}
+_VENDORS = {0x8086: "Intel Corporation", 0x1414: "Microsoft Corporation", 0x1234: "QEMU"}
 _DEVICES = {
     (0x8086, 0x0B25): "Data Streaming Accelerator",
-    (0x1B36, 0x0010): "QEMU NVM Express Controller",
+    (0x1414, 0x00A9): "Hyper-V NVMe Controller",
     (0x1234, 0x11E8): "Educational device",
 }
 _CAPABILITIES = {0x01: "Power Management", 0x05: "MSI", 0x10: "Express", 0x11: "MSI-X"}

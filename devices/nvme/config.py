@@ -45,7 +45,9 @@ class NvmeConfig:
     and of which the names of its subsystem and namespaces (NQN, UUID, NGUID, EUI-64) are made; empty: the device's
     ``identity`` decides. ``power_on_hours``: what the health log begins with. ``poll_doorbells``: the doorbell page may
     be mapped, and an engine that is a thread looks at it every millisecond at least. ``short_test_seconds``,
-    ``extended_test_seconds``, ``sanitize_seconds``: what self-tests and sanitizing take at least.
+    ``extended_test_seconds``, ``sanitize_seconds``: what self-tests and sanitizing take at least; nvme-cli,
+    which looks once a second, wants to see a test on its way. ``vendor``, ``device``: the default is what other
+    emulators call a controller for Hyper-V guests; of 1b36:0010, which is QEMU's, Linux takes no namespace identifiers.
     Raises ``ValueError`` for what no controller can be.
     """
 
@@ -59,14 +61,14 @@ class NvmeConfig:
     max_namespaces: int = 32
     capacity: int = 0
     vectors: int | None = None
-    vendor: int = 0x1B36
-    device: int = 0x0010
+    vendor: int = 0x1414
+    device: int = 0x00A9
     serial: str = ""
     model: str = "pvfio NVMe Controller"
     firmware: str = "1.0"
     power_on_hours: int = 0
     poll_doorbells: bool = False
-    short_test_seconds: float = 1.0
+    short_test_seconds: float = 3.0
     extended_test_seconds: float = 5.0
     sanitize_seconds: float = 0.5
 

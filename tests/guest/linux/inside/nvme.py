@@ -1,0 +1,340 @@
+"""Linux's nvme driver, nvme-cli, fio and a file system on the controller at 00:10.0: ``nvme.py PART...``.
+
+Parts, in the order given: ``identity``, ``features``, ``commands``, ``resets``, ``format``, ``zeroes``,
+``fio SECONDS``, ``polled``, ``files``, ``files-again``. Namespace 1 is overwritten by most of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from .report import Report, attempt, run, tool_json, wait_for
+
+FUNCTION: Final = Path("/sys/bus/pci/devices/0000:00:10.0")
+_MIB: Final = 1 << 20
+_TREE: Final = (
+    Path("/usr/lib/python3.13/asyncio"),
+    Path("/usr/lib/python3.13/email"),
+    Path("/usr/share/perl5"),
+)
+_MOUNT: Final = Path("/tmp/mounted")
+
+
+class Disk:
+    """The controller at 00:10.0 and its namespace 1, when they are there."""
+
+    def __init__(self) -> None:
+        run("modprobe", "nvme")
+        self.find()
+
+    def find(self) -> None:
+        """Looks for the block device. Raises ``RuntimeError``."""
+        wait_for(lambda: bool(self._blocks()), "block device of the controller at 00:10.0")
+        self.block = Path("/dev") / self._blocks()[0].name
+        self.controller = Path("/dev") / self._blocks()[0].parent.name
+        wait_for(self.block.is_block_device, f"{self.block}")
+        self.queue = Path("/sys/block") / self.block.name / "queue"
+
+    def _blocks(self) -> list[Path]:
+        return sorted(FUNCTION.glob("nvme/nvme*/nvme*n1"))
+
+    def limit(self, name: str) -> int:
+        """A number of the block device's queue."""
+        return int((self.queue / name).read_text())
+
+    def stat(self) -> list[int]:
+        """Fields of the block device's ``stat``."""
+        return [int(word) for word in (self.queue.parent / "stat").read_text().split()]
+
+
+def identity(disk: Disk, facts: dict[str, Any]) -> None:
+    """What Linux and nvme-cli make of it."""
+    facts["pci"] = run("lspci", "-vvnns", "00:10.0")
+    facts["interrupts"] = [
+        line for line in Path("/proc/interrupts").read_text().splitlines() if "nvme" in line
+    ]
+    facts["queue"] = {
+        path.name: path.read_text().strip()
+        for path in sorted(disk.queue.iterdir())
+        if path.is_file() and os.access(path, os.R_OK)
+    }
+    attributes = ("model", "serial", "firmware_rev", "queue_count", "sqsize", "state", "subsysnqn", "cntlid")
+    sysfs = Path("/sys/class/nvme") / disk.controller.name
+    facts["sysfs"] = {name: (sysfs / name).read_text().strip() for name in attributes}
+    facts["list"] = tool_json("nvme", "list", "-o", "json")
+    reports = {
+        "id-ctrl": disk.controller,
+        "id-ns": disk.block,
+        "ns-descs": disk.block,
+        "list-ns": disk.controller,
+        "list-ctrl": disk.controller,
+        "nvm-id-ctrl": disk.controller,
+        "nvm-id-ns": disk.block,
+        "cmdset-ind-id-ns": disk.block,
+        "id-iocs": disk.controller,
+        "smart-log": disk.controller,
+        "error-log": disk.controller,
+        "fw-log": disk.controller,
+        "changed-ns-list-log": disk.controller,
+        "self-test-log": disk.controller,
+        "sanitize-log": disk.controller,
+        "supported-log-pages": disk.controller,
+    }
+    for name, device in reports.items():
+        facts[name] = tool_json("nvme", name, str(device), "-o", "json")
+    facts["effects-log"] = run("nvme", "effects-log", str(disk.controller), "-H")
+
+
+def features(disk: Disk, facts: dict[str, Any]) -> None:
+    """Every feature's value in nvme-cli's words, and one that is changed."""
+    known = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 0x10, 0x16, 0x19, 0x80, 0x81, 0x84)
+    facts["features"] = {
+        f"{feature:#x}": attempt(
+            "nvme", "get-feature", str(disk.controller), f"--feature-id={feature}", "-n", "1", "-H"
+        )
+        for feature in known
+    }
+    run("nvme", "set-feature", str(disk.controller), "--feature-id=4", "--value=333")
+    facts["changed_feature"] = run("nvme", "get-feature", str(disk.controller), "--feature-id=4")
+    run("nvme", "set-feature", str(disk.controller), "--feature-id=4", "--value=343")
+
+
+def commands(disk: Disk, facts: dict[str, Any]) -> None:
+    """Commands the block layer does not send, through nvme-cli; and errors, in status and log."""
+    block, size = str(disk.block), disk.limit("logical_block_size")
+    data = bytes(range(256)) * (size // 256)
+    first = ("--start-block=8", "--block-count=0", f"--data-size={size}")
+    run("nvme", "write", block, *first, stdin=data)
+    run("nvme", "compare", block, *first, stdin=data)
+    facts["compare_other"] = attempt("nvme", "compare", block, *first, stdin=bytes(size))
+    run("nvme", "verify", block, "--start-block=8", "--block-count=0")
+    run("nvme", "copy", block, "--sdlba=9", "--slbs=8", "--blocks=0", "--format=0")
+    run("nvme", "compare", block, "--start-block=9", *first[1:], stdin=data)
+    run("nvme", "write-uncor", block, "--start-block=8", "--block-count=0")
+    facts["read_uncorrectable"] = attempt("nvme", "read", block, *first)
+    run("nvme", "write-zeroes", block, "--start-block=8", "--block-count=1")
+    run("nvme", "compare", block, "--start-block=9", *first[1:], stdin=bytes(size))
+    run("nvme", "dsm", block, "--ad", "--slbs=8", "--blocks=1")
+    run("nvme", "flush", block)
+    beyond = disk.limit("../size") * 512 // size
+    facts["read_beyond"] = attempt("nvme", "read", block, f"--start-block={beyond}", *first[1:])
+    facts["unknown_opcode"] = attempt(
+        "nvme", "admin-passthru", str(disk.controller), "--opcode=0x7f", "--namespace-id=0"
+    )
+    facts["errors"] = tool_json("nvme", "error-log", str(disk.controller), "-o", "json", "--log-entries=8")
+
+    facts["after_commands"] = tool_json("nvme", "smart-log", str(disk.controller), "-o", "json")
+
+
+def resets(disk: Disk, facts: dict[str, Any]) -> None:
+    """Controller reset, function reset, subsystem reset, the driver taken away and brought back: data stays."""
+    data = os.urandom(4096 * 64)
+    _write(disk.block, 0, data)
+
+    def check(name: str) -> None:
+        disk.find()
+        wait_for(lambda: _state(disk) == "live", f"live controller after {name}")
+        facts[f"after_{name}"] = _read(disk.block, 0, len(data)) == data
+
+    run("nvme", "reset", str(disk.controller))
+    check("reset")
+    facts["reset_methods"] = (FUNCTION / "reset_method").read_text().split()
+    (FUNCTION / "reset").write_text("1")
+    check("function_reset")
+    facts["subsystem_reset"] = attempt("nvme", "subsystem-reset", str(disk.controller))
+    if _state(disk) != "live":
+        run("nvme", "reset", str(disk.controller))
+    check("subsystem_reset")
+    driver = FUNCTION / "driver"
+    (driver / "unbind").write_text(FUNCTION.name)
+    Path("/sys/bus/pci/drivers/nvme/bind").write_text(FUNCTION.name)
+    check("unbind")
+    (FUNCTION / "remove").write_text("1")
+    Path("/sys/bus/pci/rescan").write_text("1")
+    check("remove")
+
+
+def format_(disk: Disk, facts: dict[str, Any]) -> None:
+    """Both block sizes without metadata, the smaller one last but for the way back."""
+    before = disk.limit("logical_block_size")
+    for index, size in ((0, 512), (1, 4096)):
+        _write(disk.block, 0, b"x" * 4096)
+        run("nvme", "format", str(disk.block), f"--lbaf={index}", "--force")
+        wait_for(lambda wanted=size: disk.limit("logical_block_size") == wanted, f"blocks of {size}")  # type: ignore[misc]
+        facts[f"format_{size}"] = _read(disk.block, 0, 4096) == bytes(4096)
+    facts["format_before"] = before
+
+
+def zeroes(disk: Disk, facts: dict[str, Any]) -> None:
+    """Discarded and zeroed ranges read as zeroes, what is beside them stays."""
+    data = os.urandom(4 * _MIB)
+    for name, options in {"discard": (), "zeroout": ("--zeroout",)}.items():
+        _write(disk.block, 0, data)
+        before = disk.stat()
+        run(
+            "blkdiscard",
+            "--force",
+            *options,
+            "--offset",
+            str(_MIB),
+            "--length",
+            str(2 * _MIB),
+            str(disk.block),
+        )
+        found = _read(disk.block, 0, len(data))
+        facts[name] = found == data[:_MIB] + bytes(2 * _MIB) + data[3 * _MIB :]
+        facts[f"{name}_stat"] = [new - old for new, old in zip(disk.stat(), before, strict=True)]
+    run("blkdiscard", "--force", str(disk.block))
+    facts["discard_all"] = _read(disk.block, 0, len(data)) == bytes(len(data))
+
+
+def fio(disk: Disk, facts: dict[str, Any], seconds: str) -> None:
+    """Random and sequential, depths 1 and 32; then written and verified with crc32c, in blocks up to a megabyte."""
+    facts["fio"] = {}
+    for rw in ("randread", "randwrite", "read", "write"):
+        for depth in (1, 32):
+            words = ("--time_based", f"--runtime={seconds}", "--size=64m")
+            facts["fio"][f"{rw}-{depth}"] = _fio(disk, rw, depth, 4096, *words)
+    verify = ("--verify=crc32c", "--verify_fatal=1", "--do_verify=1")
+    for name, (rw, depth, block, size) in {
+        "verify-random-1": ("randwrite", 1, 4096, "4m"),
+        "verify-random-32": ("randwrite", 32, 4096, "8m"),
+        "verify-sequential-1": ("write", 1, 65536, "16m"),
+        "verify-sequential-32": ("write", 32, _MIB, "64m"),
+    }.items():
+        facts["fio"][name] = _fio(disk, rw, depth, block, f"--size={size}", *verify)
+    facts["after_fio"] = tool_json("nvme", "smart-log", str(disk.controller), "-o", "json")
+
+
+def polled(disk: Disk, facts: dict[str, Any]) -> None:
+    """The driver once more, with a queue whose completions it polls for, then as before."""
+    run("modprobe", "-r", "nvme")
+    run("modprobe", "nvme", "poll_queues=1")
+    disk.find()
+    words = (
+        "--ioengine=io_uring",
+        "--hipri=1",
+        "--size=4m",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+    )
+    facts["polled"] = _fio(disk, "randwrite", 8, 4096, *words)
+    facts["polled_queues"] = [line for line in run("dmesg").splitlines() if "poll queues" in line][-1]
+    run("modprobe", "-r", "nvme")
+    run("modprobe", "nvme")
+    disk.find()
+
+
+def files(disk: Disk, facts: dict[str, Any]) -> None:
+    """ext4: a tree is copied, the file system unmounted and mounted again, the tree compared; then trimmed."""
+    run("mkfs.ext4", "-q", "-F", str(disk.block))
+    _MOUNT.mkdir(exist_ok=True)
+    run("mount", str(disk.block), str(_MOUNT))
+    for source in _TREE:
+        shutil.copytree(source, _MOUNT / source.name, symlinks=True)
+    run("umount", str(_MOUNT))
+    run("mount", str(disk.block), str(_MOUNT))
+    facts["files"] = _compare()
+    facts["trimmed"] = run("fstrim", "-v", str(_MOUNT))
+    run("umount", str(_MOUNT))
+    facts["files_checked"] = attempt("e2fsck", "-f", "-n", str(disk.block))
+
+
+def files_again(disk: Disk, facts: dict[str, Any]) -> None:
+    """In a later boot: the tree is there as it was."""
+    facts["files_checked"] = attempt("e2fsck", "-f", "-n", str(disk.block))
+    _MOUNT.mkdir(exist_ok=True)
+    run("mount", str(disk.block), str(_MOUNT))
+    facts["files"] = _compare()
+    run("umount", str(_MOUNT))
+
+
+def _compare() -> int:
+    """How many files were compared. Raises ``RuntimeError`` for one that differs."""
+    count = 0
+    for source in _TREE:
+        run("diff", "-r", "--no-dereference", str(source), str(_MOUNT / source.name))
+        count += sum(len(names) for _, _, names in os.walk(source))
+    return count
+
+
+def _fio(disk: Disk, rw: str, depth: int, block: int, *words: str) -> dict[str, Any]:
+    """One job's figures, and how many 512-byte sectors it and the block layer counted."""
+    before = disk.stat()
+    job = tool_json(
+        "fio",
+        f"--name={rw}",
+        f"--filename={disk.block}",
+        "--allow_file_create=0",
+        "--direct=1",
+        f"--rw={rw}",
+        f"--bs={block}",
+        f"--iodepth={depth}",
+        "--output-format=json",
+        *(words if "--ioengine=io_uring" in words else ("--ioengine=libaio", *words)),
+    )["jobs"][0]
+    after = disk.stat()
+    return {
+        "error": job["error"],
+        "sectors": sum(job[way]["io_bytes"] for way in ("read", "write")) // 512,
+        "sectors_of_block_layer": after[2] + after[6] - before[2] - before[6],
+        "iops": {way: round(job[way]["iops"]) for way in ("read", "write") if job[way]["total_ios"]},
+        "verified": job["read"]["total_ios"] if "--do_verify=1" in words else 0,
+    }
+
+
+def _state(disk: Disk) -> str:
+    return (Path("/sys/class/nvme") / disk.controller.name / "state").read_text().strip()
+
+
+def _write(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as device:
+        device.seek(offset)
+        device.write(data)
+        device.flush()
+        os.fsync(device.fileno())
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    """Past the page cache: what the device has."""
+    run("blockdev", "--flushbufs", str(path))
+    with path.open("rb") as device:
+        device.seek(offset)
+        return device.read(size)
+
+
+PARTS: Final[dict[str, Callable[..., None]]] = {
+    "identity": identity,
+    "features": features,
+    "commands": commands,
+    "resets": resets,
+    "format": format_,
+    "zeroes": zeroes,
+    "fio": fio,
+    "polled": polled,
+    "files": files,
+    "files-again": files_again,
+}
+
+
+def main(words: list[str]) -> None:
+    """Runs the parts; a part's argument follows it."""
+    with Report() as facts:
+        disk = Disk()
+        while words:
+            part = words.pop(0)
+            print(f"{part} ...", flush=True)
+            if part == "fio":
+                fio(disk, facts, words.pop(0))
+            else:
+                PARTS[part](disk, facts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
