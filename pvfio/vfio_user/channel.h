@@ -55,9 +55,9 @@ int pv_vfu_socket(struct pv_vfu *channel);
 
 /*
  * One message into the inbox, from one thread at a time. 1: it is there, and its descriptors are the caller's. 0: the peer
- * has closed between two messages. -EAGAIN: none yet; when a message came in the last PV_VFU_RECENT_NS, none in
- * nap_ns (below a second) either. -ECONNRESET: the end came inside a message. -EPROTO: a size that cannot be. -ENOMEM.
- * -ENOTCONN: closed here. All but 1 and -EAGAIN are final.
+ * has closed between two messages. -EAGAIN: none yet. -ECONNRESET: the end came inside a message. -EPROTO: a size that
+ * cannot be. -ENOMEM. -ENOTCONN: closed here. All but 1 and -EAGAIN are final. With nap_ns (below a second), and when a
+ * message came in the last PV_VFU_RECENT_NS, it looks for the next one for 30 us, if that helped of late, then sleeps for it.
  */
 #define PV_VFU_RECENT_NS 250000
 int pv_vfu_receive(struct pv_vfu *channel, uint64_t nap_ns);

@@ -26,12 +26,13 @@ from pvfio.errors import DeadlineExceeded, PvfioError
 __all__ = ["HEADER_SIZE", "Channel", "ChannelEnded", "Message", "ProtocolError"]
 
 HEADER_SIZE: int = lib.PV_VFU_HEADER
-# How long a receive waits for the next message with the whole loop, when the last one is recent.
+# How long a receive may keep the whole loop for the next message, when the last one is recent.
 NAP_NS = 50_000
 # Other tasks run at least this often, however fast messages come.
 YIELD_NS = 200_000
 
 _HEAD = struct.Struct("=HHIIIII")  # the beginning of struct pv_vfu_message
+_unpack_head = _HEAD.unpack_from
 _NOTHING = b""
 _TYPE_MASK: int = lib.VFIO_USER_F_TYPE_MASK
 _REPLY: int = lib.VFIO_USER_F_TYPE_REPLY
@@ -152,7 +153,7 @@ class Channel:
         result = lib.pv_vfu_receive(self.ptr, nap_ns)
         if result != 1:
             raise self._why(result)
-        id, command, size, flags, error, fd_count, fds_lost = _HEAD.unpack_from(self._head)
+        id, command, size, flags, error, fd_count, fds_lost = _unpack_head(self._head)
         message = Message(command, id, flags, error, self._body[: size - 16], [], fds_lost != 0)
         if fd_count:
             message.fds = list(self._inbox.fds[0:fd_count])

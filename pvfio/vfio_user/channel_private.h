@@ -59,6 +59,7 @@ struct pv_vfu {
     bool polling;          /* the leader is in poll */
     uint16_t next_id;
     uint64_t last_message_ns;
+    uint32_t spins_to_skip, spins_in_vain; /* of whoever receives for Python, without the lock */
 
     pthread_mutex_t send_lock; /* of the backlog and the order of what is sent; taken inside of `lock` */
     struct backlog backlog;
