@@ -1,6 +1,7 @@
 /*
  * Engines under doorbells, pauses and stop points from several threads: no doorbell is lost, no two steps run at once,
- * none runs while somebody pauses. A doorbell that nobody answers within seconds fails. Argument: milliseconds.
+ * none runs while somebody pauses. A doorbell that nobody answers within seconds fails. Engines that poll are not even told.
+ * Argument: milliseconds.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -13,11 +14,13 @@
 #include "silicon/engine.h"
 
 #define SUBMITTERS 2
+#define POLL_NS 800000ull
 #define ROUND_NS 50000000ull
 #define PATIENCE_NS 20000000000ull
 
 struct device {
     struct pv_engine *engine;
+    bool polled;
     _Atomic uint64_t submitted, done;
     _Atomic int leave, left; /* left: submitters that have gone */
     uint64_t steps; /* plain, as a device's own state is: only the pause orders a reader */
@@ -41,7 +44,8 @@ static void *submit(void *device)
     struct device *d = device;
     while (!atomic_load(&d->leave)) {
         uint64_t mine = atomic_fetch_add(&d->submitted, 1) + 1, until = now_ns() + PATIENCE_NS;
-        pv_engine_kick(d->engine);
+        if (!d->polled)
+            pv_engine_kick(d->engine);
         while (atomic_load(&d->done) < mine) {
             CHECK(now_ns() < until);
             sched_yield();
@@ -66,13 +70,14 @@ static void *pause_now_and_then(void *device)
 }
 
 /* One engine from birth to death. */
-static void run_round(int kind)
+static void run_round(int kind, bool polled)
 {
-    struct device d = {.steps = 0};
+    struct device d = {.polled = polled};
     pthread_t submitter[SUBMITTERS], pauser;
     uint64_t until = now_ns() + ROUND_NS, n = 0;
-    d.engine = pv_engine_create(step, &d, kind, 0);
+    d.engine = pv_engine_create(step, &d, kind, polled ? POLL_NS : 0);
     CHECK(d.engine);
+    pv_engine_kick(d.engine); /* the device is there */
     for (int i = 0; i < SUBMITTERS; i++)
         CHECK(!pthread_create(&submitter[i], NULL, submit, &d));
     CHECK(!pthread_create(&pauser, NULL, pause_now_and_then, &d));
@@ -101,7 +106,16 @@ int main(int argc, char **argv)
     uint64_t end = now_ns() + (argc > 1 ? strtoull(argv[1], NULL, 10) : 1000) * 1000000;
     unsigned rounds = 0;
     while (now_ns() < end)
-        run_round(rounds++ % 2 ? PV_ENGINE_THREAD : PV_ENGINE_INLINE);
+        switch (rounds++ % 3) {
+        case 0:
+            run_round(PV_ENGINE_THREAD, false);
+            break;
+        case 1:
+            run_round(PV_ENGINE_INLINE, false);
+            break;
+        default:
+            run_round(PV_ENGINE_THREAD, true);
+        }
     printf("%u engines\n", rounds);
     return 0;
 }
