@@ -335,7 +335,7 @@ class TestCoalescing:
             assert rig.interrupts() == done // 4
 
     def test_the_time(self, rig: Rig) -> None:
-        lib.pv_nvme_set_coalescing(rig.nvme, 200, 1)
+        lib.pv_nvme_set_coalescing(rig.nvme, 200, 255)
         rig.run(command(READ))
         assert lib.pv_nvme_due(rig.nvme)
         wait_for(lambda: self.rang(rig))
