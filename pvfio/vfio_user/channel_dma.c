@@ -48,15 +48,16 @@ void vfu_fail_waiters(struct pv_vfu *ch)
     }
 }
 
-/* A reply repeats address and count, and a read's has the data; a write's may be a header alone, as QEMU sends it. */
+/*
+ * A reply repeats address and count, and a read's has the data behind them. QEMU 10 has its data in the upper half of count
+ * instead, and answers a write with a header alone: refused, for it moved the wrong bytes.
+ */
 static int take(const struct waiter *w, const struct pv_vfu_message *reply)
 {
     struct vfio_user_dma_region_access access;
     uint64_t size = reply->size - PV_VFU_HEADER, data = w->buf ? w->size : 0;
     if (reply->flags & VFIO_USER_F_ERROR || reply->command != w->command)
         return -EFAULT;
-    if (!w->buf && !size)
-        return 0;
     if (size != ACCESS + data)
         return -EFAULT;
     memcpy(&access, reply->body, ACCESS);
