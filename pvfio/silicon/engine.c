@@ -23,7 +23,7 @@
 #define FOREVER UINT64_MAX
 /* Polling: looks all the time for so long after work, then after sleeps of an eighth of the time that there was none. */
 #define POLL_SPIN_NS 30000
-#define POLL_SHORTEST_NS 50000
+#define POLL_SHORTEST_NS 20000
 #define POLL_SHARE 8
 
 struct pv_engine {
