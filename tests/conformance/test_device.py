@@ -39,13 +39,8 @@ async def test_what_it_says_of_itself(device: Any) -> None:
     empty = (0, 0)
     assert regions == [(0x8000, MAPPABLE), empty, (0x1000, RW), empty, empty, empty, empty, (4096, RW)]
     assert device.region(0).areas == ((0, 0x4000),)
-    assert [(device.irq(i).count, device.irq(i).flags) for i in range(5)] == [
-        (1, 7),
-        (0, 9),
-        (4, 9),
-        (1, 9),
-        (1, 9),
-    ]
+    irqs = [(irq.count, irq.flags & ~lib.VFIO_IRQ_INFO_NORESIZE) for irq in map(device.irq, range(5))]
+    assert irqs == [(1, 7), (0, 1), (4, 1), (1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("index", [-1, lib.VFIO_PCI_VGA_REGION_INDEX, 9, 1 << 31, 1 << 32])
@@ -56,13 +51,17 @@ async def test_regions_and_irqs_that_cannot_be(device: Any, index: int) -> None:
         device.irq(index)
 
 
-async def test_every_access_size(device: Any) -> None:
+async def test_every_access_size(device: Any, backend: Any) -> None:
     bar = device.region(0)
     for size in (1, 2, 4, 8):
         value = 0x1122334455667788 & (1 << 8 * size) - 1
         await bar.write(0x100, value, size)
         assert await bar.read(0x100, size) == value
-        assert bar.read_nowait(0x100, size) == value
+        if backend.nowait:
+            assert bar.read_nowait(0x100, size) == value
+        else:
+            with pytest.raises(trio.WouldBlock):
+                bar.read_nowait(0x100, size)
         assert bytes(bar.mmap(0, 4096)[0x100 : 0x100 + size]) == value.to_bytes(size, "little")
     await bar.write(0x103, 0xAABBCCDD, 4)
     assert await bar.read(0x103, 4) == 0xAABBCCDD
@@ -325,14 +324,15 @@ async def test_closing_resets_and_opening_finds_it_reset(backend: Any) -> None:
         assert await device.config.read(4, 2) & 6 == 2
 
 
-async def test_submissions_need_a_bar_that_takes_them(device: Any) -> None:
+async def test_submissions_need_a_bar_that_takes_them(device: Any, backend: Any) -> None:
     bar = device.region(2)
     bar.doorbell(INVERT, 0xFFFF0000)
     assert await bar.read(INVERT) == 0xFFFF
     item = np.zeros(64, np.uint8)
     for submit in (bar.movdir64b, bar.enqcmd):
-        with _refused(errno.ENOTTY):
-            submit(0, item)
+        if backend.refuses_submissions or submit == bar.enqcmd:
+            with _refused(errno.ENOTTY):
+                submit(0, item)
         with pytest.raises(ValueError):
             submit(0, item[:63])
         with pytest.raises(ValueError):

@@ -122,9 +122,10 @@ async def test_unmapping_another_number_of_bytes_is_noticed(backend: Any) -> Non
 async def test_limits(backend: Any) -> None:
     async with backend.vfio.open_device(backend.names[0]) as device:
         container = device.container
-        with pytest.raises(VfioError) as error:
-            await container.alloc(16 << 20)
-        assert error.value.errno == errno.ENOMEM
+        if backend.memlock:
+            with pytest.raises(VfioError) as error:
+                await container.alloc(16 << 20)
+            assert error.value.errno == errno.ENOMEM
         assert not container.iova_allocator.allocated
         buffer = await container.alloc(PAGE, map=False)
         for i in range(backend.dma_entry_limit):

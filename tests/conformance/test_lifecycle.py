@@ -48,6 +48,8 @@ async def _cancelled_everywhere(run: Callable[[], Awaitable[None]], check: Calla
                 await run()
             finally:
                 trio.lowlevel.remove_instrument(instrument)
+        # Until the task goes on, trio holds the exception, its frames and the arrays in them.
+        await trio.lowlevel.checkpoint()
         check()
         if n and not instrument.reached:
             return n

@@ -13,7 +13,7 @@ carried out. Not modelled: dirty tracking.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -262,13 +262,12 @@ class UserContainer(Container):
         refusal: tuple[VfioError, int] | None = None
         for index, (iova, size) in enumerate(zip(at.tolist(), lengths.tolist(), strict=True)):
             try:
-                found = await self._to_unmap(iova, size)
+                found = await self._to_unmap(iova, size, taken)
             except VfioError as error:
                 refusal = error, index
                 break
-            fresh = [mapping for mapping in found if mapping.iova not in taken]
-            taken |= {mapping.iova: mapping for mapping in fresh}
-            unmapped[index] = sum(mapping.size for mapping in fresh)
+            taken |= {mapping.iova: mapping for mapping in found}
+            unmapped[index] = sum(mapping.size for mapping in found)
         await self._unmap(list(taken.values()))
         if refusal is not None:
             raise VfioBatchError(*refusal, unmapped[: refusal[1]])
@@ -284,11 +283,11 @@ class UserContainer(Container):
         self._forget_iovas()
         return sum(mapping.size for mapping in found)
 
-    async def _to_unmap(self, iova: int, size: int) -> list[Mapping]:
+    async def _to_unmap(self, iova: int, size: int, without: Collection[int] = ()) -> list[Mapping]:
         """What to unmap, once no other request is about any of it."""
         while True:
             self._check_ready("unmap_dma")
-            found = self._mappings.to_unmap(iova, size, v2=self._v2)
+            found = self._mappings.to_unmap(iova, size, v2=self._v2, without=without)
             busy = next((self._busy[m.iova] for m in found if m.iova in self._busy), None)
             if busy is None:
                 return found

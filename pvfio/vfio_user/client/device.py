@@ -89,6 +89,8 @@ class UserDevice(Device):
             info = known[index]
             if isinstance(info, VfioError):
                 raise info
+            if index == lib.VFIO_PCI_VGA_REGION_INDEX and not info.size:
+                raise self._error(errno.EINVAL, "GET_REGION_INFO", "it is no VGA device")
             self._regions[index] = UserRegion(self, self._function, info)
         return self._regions[index]
 

@@ -79,6 +79,7 @@ class UserFunction:
         self.region_fds: dict[int, int] = {}
         self.decodes = False
         self.flr_at: int | None = None
+        self.read_only = range(0)
         self.config_size = 0
         self.msix_table: tuple[int, int, int] | None = None
         self.closed_areas: dict[int, list[Area]] = {}
@@ -223,12 +224,13 @@ class UserFunction:
         while at and at not in found.values():
             found.setdefault(config[at], at)
             at = config[at + 1] & 0xFC
-        self.flr_at, self.msix_table, self.closed_areas = None, None, {}
+        self.flr_at, self.msix_table, self.closed_areas, self.read_only = None, None, {}, range(0)
         express = found.get(lib.PCI_CAP_ID_EXP)
         if express is not None and config[express + 7] & 0x10:  # Device Capabilities: FLR
             self.flr_at = express + int(lib.PCI_EXP_DEVCTL) + 1
         msix = found.get(lib.PCI_CAP_ID_MSIX)
         if msix is not None:
+            self.read_only = range(msix, msix + 12)
             vectors = (int.from_bytes(config[msix + 2 : msix + 4], "little") & 0x7FF) + 1
             table, pba = (int.from_bytes(config[msix + i : msix + i + 4], "little") for i in (4, 8))
             size = vectors * int(lib.PCI_MSIX_ENTRY_SIZE)

@@ -11,7 +11,7 @@ Not here: telling servers (container.py). Not modelled: RLIMIT_MEMLOCK, for noth
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pvfio.abi import ffi, lib
@@ -125,8 +125,10 @@ class Mappings:
     def _memory(self, mapping: Mapping) -> GuestMemory:
         return self._held[mapping.cookie >> _EXTENT_BITS]
 
-    def to_unmap(self, iova: int, size: int, *, v2: bool) -> list[Mapping]:
-        """What an unmap of [iova, iova + size) takes away.
+    def to_unmap(
+        self, iova: int, size: int, *, v2: bool, without: Collection[int] = ()
+    ) -> list[Mapping]:
+        """What an unmap of [iova, iova + size) takes away; the mappings at ``without`` are as good as gone.
 
         Raises VfioError as type1: EINVAL (size, alignment; version 2: it would split a mapping), EOVERFLOW. Version 1
         takes nothing where the range begins inside a mapping, and whole what it ends in.
@@ -141,7 +143,7 @@ class Mappings:
             raise refused(errno.EINVAL, "size is 0 or not page-aligned")
         if iova + size > _TOP:
             raise refused(errno.EOVERFLOW, "iova wraps")
-        found = list(self.range(iova, iova + size - 1))
+        found = [mapping for mapping in self.range(iova, iova + size - 1) if mapping.iova not in without]
         if not found:
             return found
         first, last = found[0], found[-1]

@@ -182,7 +182,8 @@ class UserRegion(Region):
             return
         await trio.lowlevel.checkpoint()
         for start, width, _ in self._pieces(offset, len(data)):
-            await self._write_piece(start, data[start - offset : start - offset + width])
+            if start not in function.read_only:
+                await self._write_piece(start, data[start - offset : start - offset + width])
         command = int(lib.PCI_COMMAND)
         if offset <= command < end:
             function.decodes = bool(data[command - offset] & lib.PCI_COMMAND_MEMORY)
