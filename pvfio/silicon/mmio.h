@@ -36,6 +36,22 @@ int pv_mmio_movdir64b(struct pv_mmio *mmio, uint64_t offset, const void *src, ui
 /* 0 accepted, -EAGAIN: the queue says retry. */
 int pv_mmio_enqcmd(struct pv_mmio *mmio, uint64_t offset, const void *src64);
 
+/* A part of a BAR that is mapped, `size` bytes from `offset` on. */
+struct pv_mmio_area {
+    uint64_t offset;
+    uint64_t size;
+    uint8_t *ptr;
+};
+
+/*
+ * A BAR of `size` bytes of which these areas are mapped: accesses are loads and stores of their own size, a 64-byte submission
+ * is one store where the processor can (MOVDIR64B), else eight; nothing is told to anybody. EINVAL outside the areas,
+ * ENOTTY for enqcmd: plain memory does not answer. Areas do not overlap and stay mapped until pv_mapped_bar_destroy. NULL: no memory, or an area that is outside the BAR or whose pointer is
+ * not aligned as its offset is (64 bytes).
+ */
+struct pv_mmio *pv_mapped_bar_create(uint64_t size, const struct pv_mmio_area *areas, uint32_t count);
+void pv_mapped_bar_destroy(struct pv_mmio *mmio);
+
 /* A queue of 64-byte entries in memory that the device is told the tail of, and the words in which entries differ. */
 struct pv_mmio_queue {
     uint64_t *entries;

@@ -60,8 +60,8 @@ SERVED_HAVE_NOT = {"memlock": "shared memory is not locked"}
 
 @dataclass
 class Bench:
-    """``names``: two devices. ``dma_entry_limit``: how many mappings a container may have. ``pins()``: how many pins are
-    left of all containers.
+    """``names``: two devices. ``dma_entry_limit``: how many mappings a container may have. ``pins()``: how many
+    pins are left of all containers.
 
     What not every backend has: ``nowait``: maps and register accesses never wait. ``memlock``: 8 MiB may be locked.
     ``refuses_submissions``: a BAR that takes none says so; a posted message has no answer that could.
@@ -81,11 +81,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     """The sockets of two teaching devices of another process."""
     paths = [str(tmp_path_factory.mktemp("served") / name) for name in ("first", "second")]
     devices = [part for path in paths for part in ("--device", f"testdev,socket={path},intx=on")]
-    with serving(*devices):
+    with Serving(*devices):
         yield paths[0], paths[1]
 
 
-class serving:
+class Serving:
     """``pvfio serve`` with these arguments in another process, while it is entered; it must end well."""
 
     def __init__(self, *arguments: str) -> None:

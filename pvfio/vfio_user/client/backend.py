@@ -79,8 +79,11 @@ class VfioUserVfio(Backend):
         try:
             await self.close()
         finally:
-            self._nursery = None
-            await self._stack.__aexit__(kind, value, traceback)
+            # The listeners have ended and never raise: what is on its way out stays as it is, in no group.
+            nursery, self._nursery = self._nursery, None
+            if nursery is not None:
+                nursery.cancel_scope.shield = True
+            await self._stack.aclose()
 
     @property
     def devices(self) -> dict[str, int]:

@@ -125,9 +125,7 @@ class Mappings:
     def _memory(self, mapping: Mapping) -> GuestMemory:
         return self._held[mapping.cookie >> _EXTENT_BITS]
 
-    def to_unmap(
-        self, iova: int, size: int, *, v2: bool, without: Collection[int] = ()
-    ) -> list[Mapping]:
+    def to_unmap(self, iova: int, size: int, *, v2: bool, without: Collection[int] = ()) -> list[Mapping]:
         """What an unmap of [iova, iova + size) takes away; the mappings at ``without`` are as good as gone.
 
         Raises VfioError as type1: EINVAL (size, alignment; version 2: it would split a mapping), EOVERFLOW. Version 1

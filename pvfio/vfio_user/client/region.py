@@ -10,6 +10,8 @@ Not modelled: non-posted submissions (ENOTTY), REGION_WRITE_MULTI.
 from __future__ import annotations
 
 import errno
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,6 +20,7 @@ import trio
 from pvfio.abi import ffi, lib
 from pvfio.errors import VfioError
 from pvfio.memory.mapped import FdMapping, map_fd
+from pvfio.vfio.mapped_bar import mapped_bar
 from pvfio.vfio.region import Region
 from pvfio.vfio_user.messages import RegionInfo, region_access
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from pvfio.vfio_user.client.function import Area, UserFunction
 
 __all__ = ["UserRegion"]
+
+_log = logging.getLogger("pvfio.vfio_user.client")
 
 _SIZES: Final = frozenset((1, 2, 4, 8))
 _PAGE: Final = 4096
@@ -58,6 +63,8 @@ class UserRegion(Region):
             self._hidden = table[1], table[1] + table[2]
         if info.index == _CONFIG:
             self.size = function.config_size
+        if areas:
+            self.mmio = self._map_all()
 
     def read_nowait(self, offset: int, size: int = 4) -> int:
         self._check("read", offset, size)
@@ -111,6 +118,8 @@ class UserRegion(Region):
 
     def doorbell(self, offset: int, value: int, size: int = 4) -> None:
         """As the base class says. Raises EAGAIN where the server is so far behind that it is not told."""
+        if self.mmio is not None and self._stored(lib.pv_mmio_store, offset, size, value):
+            return
         self._check("doorbell", offset, size, value)
         if self.closed_areas:
             self.check_open("doorbell", offset, size)
@@ -130,6 +139,10 @@ class UserRegion(Region):
         if self.closed_areas:
             self.check_open("movdir64b", offset & -_PAGE, _PAGE)
         self._device.check_open("movdir64b")
+        if self.mmio is not None and self._stored(
+            lib.pv_mmio_movdir64b, offset, ffi.from_buffer(items), size // _ITEM
+        ):
+            return
         page, slot = offset & -_PAGE, offset % _PAGE
         for at in range(0, size, _ITEM):
             body = region_access(page + (slot + at) % _PAGE, self.index, _ITEM)
@@ -148,6 +161,22 @@ class UserRegion(Region):
         maps, self._maps = self._maps, {}
         for mapping in maps.values():
             mapping.close()
+
+    def _map_all(self) -> Any:
+        """The BAR for stores that ask nobody, None where it cannot be mapped after all."""
+        try:
+            views = [(start, self._map(start, size).view()) for start, size in self.areas]
+            return mapped_bar(self.size, views)
+        except (VfioError, ValueError) as error:
+            _log.warning("%s: region %d is not mapped: %s", self.device, self.index, error)
+            return None
+
+    def _stored(self, store: Callable[..., int], *arguments: Any) -> bool:
+        """Whether what is stored to is mapped."""
+        try:
+            return store(self.mmio, *arguments) == 0
+        except OverflowError:
+            return False
 
     def _map(self, offset: int, size: int) -> FdMapping:
         found = self._maps.get((offset, size))

@@ -161,7 +161,8 @@ class ServerIrqs:
             self._send_intx()
 
     def _send_intx(self) -> None:
-        if self._intx is not None and self._type == _INTX:
+        disabled = self._function.config_read(lib.PCI_COMMAND, 2) & lib.PCI_COMMAND_INTX_DISABLE
+        if self._intx is not None and self._type == _INTX and not disabled:
             self._intx.signal()
 
     def _unmask_intx(self) -> None:
