@@ -8,7 +8,8 @@ WQ needs no PASID enable, and a WQ that asks for one is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import trio
 from pvfio.abi import ffi, lib
 from pvfio.devices.dsa.config import DsaConfig
 from pvfio.devices.dsa.registers import Registers
+from pvfio.silicon import BusMaster
 
 __all__ = ["CommandError", "Commands", "Function", "InjectedRefusal"]
 
@@ -40,6 +42,9 @@ class InjectedRefusal:
 
 class Function(Protocol):
     """What commands need of the PCI function around them."""
+
+    @property
+    def bus(self) -> BusMaster: ...
 
     @property
     def master_enabled(self) -> bool: ...
@@ -160,6 +165,20 @@ class Commands:
         self._function.cancel_dma(False)
         lib.pv_engine_kick(lib.pv_dsa_engine(self._dsa))
 
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Between two steps of the engine. Where a step may wait for somebody, a worker thread waits for its end."""
+        engine = lib.pv_dsa_engine(self._dsa)
+        if self._function.bus.remote:
+            await trio.to_thread.run_sync(lib.pv_engine_pause, engine)
+        else:
+            lib.pv_engine_pause(engine)
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()  # a reset came meanwhile
+            yield
+        finally:
+            lib.pv_engine_unpause(engine)
+
     async def _drain(self, wqs: Iterable[int]) -> None:
         """Waits until everything submitted so far to these WQs is done."""
         marks = [(wq, lib.pv_dsa_wq_mark(self._dsa, wq)) for wq in wqs]
@@ -179,8 +198,9 @@ class Commands:
             lib.pv_dsa_wq_close(self._dsa, wq)
             self._registers.wq_state[wq] = lib.IDXD_WQ_STATE_BUSY
         await self._drain(wqs)
-        for wq in wqs:
-            self._wq_disabled(wq)
+        async with self._paused():
+            for wq in wqs:
+                self._wq_disabled(wq)
 
     def _wq_disabled(self, wq: int) -> None:
         lib.pv_dsa_wq_disable(self._dsa, wq)
@@ -284,7 +304,8 @@ class Commands:
         disabled = self._registers.wq_state[wq] == lib.IDXD_WQ_STATE_DISABLED
         _require(disabled, lib.IDXD_CMDSTS_ERR_WQ_ENABLED)
         raw = self._wq_parameters(self._registers.wq_config(wq))
-        _require(lib.pv_dsa_wq_enable(self._dsa, wq, raw) == 0, lib.IDXD_CMDSTS_HW_ERR)
+        async with self._paused():
+            _require(lib.pv_dsa_wq_enable(self._dsa, wq, raw) == 0, lib.IDXD_CMDSTS_HW_ERR)
         self._registers.wq_state[wq] = lib.IDXD_WQ_STATE_ENABLED
         self.watch_occupancy(wq)
         return 0

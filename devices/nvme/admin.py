@@ -1,17 +1,25 @@
 """Admin commands: their dispatch, data transfers and completions (NVMe Base 2.0c chapter 5).
 
 A handler takes a command and returns the command-specific result, or ``LATER`` for one that somebody completes
-afterwards; it raises ``AdminError`` with the status the specification gives. Subjects have modules of their own, which
-register their opcodes here.
+afterwards; it raises ``AdminError`` with the status the specification gives. One that moves data is a coroutine
+function. Subjects have modules of their own, which register their opcodes here.
+
+Commands are executed one after the other: at once, or, where the bus has remote ranges, in a task of their own, for
+then moving data may wait for somebody whom the trio thread has to answer, and so may the engine.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
+import trio
+
 from pvfio.abi import ffi, lib
+from pvfio.silicon import BusMaster
 
 __all__ = ["LATER", "Admin", "AdminError", "Command", "Handler"]
 
@@ -20,7 +28,8 @@ LATER: Final = None
 
 _DNR: Final[int] = lib.NVME_STATUS_DNR
 _NO_COMMAND: Final = 0xFFFF
-Handler = Callable[["Command"], int | None]
+Result = int | None
+Handler = Callable[["Command"], Result | Awaitable[Result]]
 
 
 class AdminError(Exception):
@@ -33,14 +42,20 @@ class AdminError(Exception):
         self.result = result
 
 
+class _Forgotten(Exception):
+    """A reset came while the command was executed: nothing follows of it."""
+
+
 class Command:
     """A fetched admin command: its fields, and the ways its data moves.
 
-    ``epoch`` counts the resets before it; ``at_once``: how many of its opcode were fetched with it, before it.
+    ``resets`` counts those before it; ``at_once``: how many of its opcode were fetched with it, before it. ``apart``:
+    its data moves in a worker thread.
     """
 
     __slots__ = (
         "_nvme",
+        "apart",
         "at_once",
         "cdw10",
         "cdw11",
@@ -49,19 +64,20 @@ class Command:
         "cdw14",
         "cdw15",
         "cid",
-        "epoch",
         "nsid",
         "opcode",
         "prp1",
         "prp2",
         "raw",
+        "resets",
     )
 
-    def __init__(self, nvme: Any, raw: Any, epoch: int, at_once: int) -> None:
+    def __init__(self, nvme: Any, raw: Any, *, resets: int, at_once: int, apart: bool) -> None:
         self._nvme = nvme
         self.raw = raw
-        self.epoch = epoch
+        self.resets = resets
         self.at_once = at_once
+        self.apart = apart
         self.opcode: int = raw.opcode
         self.cid: int = raw.cid
         self.nsid: int = raw.nsid
@@ -74,30 +90,49 @@ class Command:
         self.cdw14: int = raw.cdw14
         self.cdw15: int = raw.cdw15
 
-    def to_host(self, data: bytes) -> None:
-        """Moves data to the host. Raises ``AdminError``: what is wrong with the data pointer."""
-        self._transfer(ffi.from_buffer(data), len(data), to_host=True)
+    @property
+    def forgotten(self) -> bool:
+        """There was a reset since."""
+        return bool(lib.pv_nvme_resets(self._nvme) != self.resets)
 
-    def from_host(self, size: int) -> bytes:
-        """Data of the host. Raises ``AdminError``."""
+    async def to_host(self, data: bytes) -> None:
+        """Moves data to the host. Raises ``AdminError``: what is wrong with the data pointer.
+
+        A reset ends the handler here. Cancelled: the data moves all the same.
+        """
+        await self._transfer(ffi.from_buffer(data), len(data), to_host=True)
+
+    async def from_host(self, size: int) -> bytes:
+        """Data of the host. As ``to_host``."""
         data = bytearray(size)
-        self._transfer(ffi.from_buffer(data, require_writable=True), size, to_host=False)
+        await self._transfer(ffi.from_buffer(data, require_writable=True), size, to_host=False)
         return bytes(data)
 
-    def _transfer(self, data: Any, size: int, *, to_host: bool) -> None:
-        status = lib.pv_nvme_transfer(self._nvme, self.raw, ffi.cast("void *", data), size, to_host)
+    async def _transfer(self, data: Any, size: int, *, to_host: bool) -> None:
+        pointer = ffi.cast("void *", data)
+        transfer = partial(lib.pv_nvme_transfer, self._nvme, self.raw, pointer, size, to_host, self.resets)
+        status = await trio.to_thread.run_sync(transfer) if self.apart else transfer()
+        if status == -errno.ECANCELED or self.forgotten:
+            raise _Forgotten
         if status:
             raise AdminError(status, dnr=False)
 
 
 class Admin:
-    """The admin command set of one controller. ``guard`` refuses commands (by raising) whatever they are."""
+    """The admin command set of one controller. ``guard`` refuses commands (by raising) whatever they are.
 
-    def __init__(self, nvme: Any) -> None:
+    ``start`` begins a task of the device.
+    """
+
+    def __init__(
+        self, nvme: Any, bus: BusMaster, start: Callable[[Callable[[], Awaitable[None]]], object]
+    ) -> None:
         self._nvme = nvme
+        self._bus = bus
+        self._start = start
+        self._apart = False
         self._handlers: dict[int, Handler] = {}
         self._batch = ffi.new("struct nvme_command[]", 32)
-        self._epoch = 0
         self.guard: Callable[[Command], None] = _allow
 
     def register(self, handlers: dict[int, Handler]) -> None:
@@ -109,31 +144,57 @@ class Admin:
         """What is implemented."""
         return frozenset(self._handlers)
 
-    def reset(self) -> None:
-        """After a reset of the controller: what is in progress is not completed any more."""
-        self._epoch += 1
-
     def run_waiting(self) -> None:
-        """Executes every command that was fetched."""
-        while count := lib.pv_nvme_take_admin(self._nvme, self._batch, len(self._batch)):
-            seen: Counter[int] = Counter()
-            for index in range(count):
-                raw = ffi.new("struct nvme_command *", self._batch[index])
-                self._execute(Command(self._nvme, raw, self._epoch, seen[raw.opcode]))
-                seen[raw.opcode] += 1
+        """Executes every command that was fetched, or has it done."""
+        if self._apart:
+            return
+        if self._bus.remote:
+            self._apart = True
+            self._start(self._run_apart)
+            return
+        while commands := self._take():
+            for command in commands:
+                _at_once(self._execute(command))
+
+    async def _run_apart(self) -> None:
+        """Commands find the engine paused: what they ask of it never makes the trio thread wait."""
+        engine = lib.pv_nvme_engine(self._nvme)
+        try:
+            while commands := self._take():
+                for command in commands:
+                    await trio.to_thread.run_sync(lib.pv_engine_pause, engine)
+                    try:
+                        await self._execute(command)
+                    finally:
+                        lib.pv_engine_unpause(engine)
+        finally:
+            self._apart = False
+
+    def _take(self) -> list[Command]:
+        count = lib.pv_nvme_take_admin(self._nvme, self._batch, len(self._batch))
+        resets, seen, commands = lib.pv_nvme_resets(self._nvme), Counter[int](), []
+        for index in range(count):
+            raw = ffi.new("struct nvme_command *", self._batch[index])
+            commands.append(
+                Command(self._nvme, raw, resets=resets, at_once=seen[raw.opcode], apart=self._apart)
+            )
+            seen[raw.opcode] += 1
+        return commands
 
     def complete(self, command: Command, status: int = 0, result: int = 0) -> None:
         """Completes a command; nothing where a reset came first."""
-        if command.epoch == self._epoch:
+        if not command.forgotten:
             lib.pv_nvme_complete(self._nvme, 0, command.cid, status, result)
 
     def fail(self, command: Command, error: AdminError) -> None:
         """Completes a command with an error, which goes into the error log."""
-        if command.epoch == self._epoch:
+        if not command.forgotten:
             self.log_error(error.status, error.byte, sq=0, cid=command.cid, nsid=command.nsid)
             self.complete(command, error.status, error.result)
 
-    def _execute(self, command: Command) -> None:
+    async def _execute(self, command: Command) -> None:
+        if command.forgotten:
+            return
         try:
             handler = self._handlers.get(command.opcode)
             if handler is None:
@@ -142,7 +203,10 @@ class Admin:
             if command.raw.flags & (lib.NVME_CMD_FUSE_MASK | lib.NVME_CMD_PSDT_MASK):
                 raise AdminError(lib.NVME_SC_INVALID_FIELD, 1)
             self.guard(command)
-            result = handler(command)
+            answer = handler(command)
+            result = await answer if isinstance(answer, Awaitable) else answer
+        except _Forgotten:
+            return
         except AdminError as error:
             self.fail(command, error)
             return
@@ -173,3 +237,12 @@ class Admin:
 
 def _allow(command: Command) -> None:
     pass
+
+
+def _at_once(execution: Coroutine[Any, Any, None]) -> None:
+    """Runs what has nothing to wait for."""
+    try:
+        execution.send(None)
+    except StopIteration:
+        return
+    raise RuntimeError("an admin command waits outside its task")

@@ -46,10 +46,10 @@ class NamespaceCommands:
         """Opcodes of this module."""
         return {lib.NVME_ADMIN_NS_MGMT: self._manage, lib.NVME_ADMIN_NS_ATTACH: self._attachment}
 
-    def _manage(self, command: Command) -> int:
+    async def _manage(self, command: Command) -> int:
         select = command.cdw10 & 0xF
         if select == lib.NVME_NS_MGMT_CREATE:
-            return self._create(command)
+            return await self._create(command)
         if select != lib.NVME_NS_MGMT_DELETE:
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_CDW10)
         doomed = self._allocated(command.nsid) if command.nsid != _ALL else None
@@ -77,11 +77,11 @@ class NamespaceCommands:
         if namespace.formatting:
             raise AdminError(lib.NVME_SC_FORMAT_IN_PROGRESS, _BYTE_NSID, dnr=False)
 
-    def _create(self, command: Command) -> int:
+    async def _create(self, command: Command) -> int:
         """Base 5.23.1. The result is the number of the namespace."""
         if command.cdw11 >> 24 != lib.NVME_CSI_NVM:
             raise AdminError(lib.NVME_SC_IOCS_NOT_SUPPORTED, _BYTE_CSI)
-        wanted = ffi.from_buffer("struct nvme_id_ns *", command.from_host(_PAGE))
+        wanted = ffi.from_buffer("struct nvme_id_ns *", await command.from_host(_PAGE))
         index, protection = wanted.flbas & lib.NVME_FLBAS_INDEX_MASK, wanted.dps & lib.NVME_DPS_TYPE_MASK
         check_format(index, protection, FORMATS)
         self._check_wanted(wanted)
@@ -112,13 +112,13 @@ class NamespaceCommands:
         if not wanted.nsze or wanted.ncap > wanted.nsze or shared:
             raise AdminError(lib.NVME_SC_INVALID_FIELD)
 
-    def _attachment(self, command: Command) -> int:
+    async def _attachment(self, command: Command) -> int:
         """Base 5.22."""
         select = command.cdw10 & 0xF
         if select not in (lib.NVME_NS_ATTACH_ATTACH, lib.NVME_NS_ATTACH_DETACH):
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_CDW10)
         found = self._allocated(command.nsid)
-        _check_controllers(command.from_host(_PAGE))
+        _check_controllers(await command.from_host(_PAGE))
         if found.formatting:
             raise AdminError(lib.NVME_SC_FORMAT_IN_PROGRESS, _BYTE_NSID, dnr=False)
         if select == lib.NVME_NS_ATTACH_ATTACH:

@@ -61,6 +61,7 @@ struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bu
     nvme->synced_end = &nvme->synced;
     atomic_init(&nvme->due, NVME_NEVER);
     pthread_mutex_init(&nvme->lock, NULL);
+    pthread_cond_init(&nvme->transferred, NULL);
     pv_nvme_set_arbitration(nvme, 7, 0, 0, 0);
     if (allocate(nvme)) {
         nvme->mmio.size = NVME_REG_DBS + nvme->doorbell_bytes;
@@ -97,6 +98,7 @@ void pv_nvme_destroy(struct pv_nvme *nvme)
         close(nvme->event_fd);
     free(nvme->admin);
     free(nvme->bounce);
+    pthread_cond_destroy(&nvme->transferred);
     pthread_mutex_destroy(&nvme->lock);
     pv_msix_destroy(nvme->msix);
     pv_bus_destroy(nvme->bus);
@@ -183,8 +185,27 @@ static void drop_answers(struct pv_nvme *nvme)
     pthread_mutex_unlock(&nvme->lock);
 }
 
+uint64_t pv_nvme_resets(struct pv_nvme *nvme)
+{
+    pthread_mutex_lock(&nvme->lock);
+    uint64_t resets = nvme->resets;
+    pthread_mutex_unlock(&nvme->lock);
+    return resets;
+}
+
+/* None begins any more, and those under way are over. */
+static void end_transfers(struct pv_nvme *nvme)
+{
+    pthread_mutex_lock(&nvme->lock);
+    nvme->resets++;
+    while (nvme->transfers)
+        pthread_cond_wait(&nvme->transferred, &nvme->lock);
+    pthread_mutex_unlock(&nvme->lock);
+}
+
 void pv_nvme_disable(struct pv_nvme *nvme)
 {
+    end_transfers(nvme);
     pv_engine_pause(nvme->engine);
     atomic_store(&nvme->enabled, 0);
     nvme_end_waiting(nvme, -1, 0);

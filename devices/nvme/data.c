@@ -4,6 +4,7 @@
  * A pointer is read as a whole before the first byte moves, so a malformed one moves none; one that does not translate
  * ends where it does not (Data Transfer Error). Neighbouring pages become one segment.
  */
+#include <errno.h>
 #include <string.h>
 
 #include "nvme_private.h"
@@ -202,14 +203,24 @@ uint32_t nvme_from_host(struct pv_nvme *nvme, struct nvme_data *data, uint8_t *t
     return move(nvme, data, to, n, false);
 }
 
-int pv_nvme_transfer(struct pv_nvme *nvme, const struct nvme_command *cmd, void *data, uint32_t n, int to_host)
+int pv_nvme_transfer(struct pv_nvme *nvme, const struct nvme_command *cmd, void *data, uint32_t n, int to_host,
+                     uint64_t resets)
 {
+    struct nvme_data pointer;
     if (n > NVME_MAX_TRANSFER)
         return DNR(NVME_SC_INVALID_FIELD);
-    pv_engine_pause(nvme->engine);
-    uint32_t status = nvme_map_data(nvme, cmd, n, &nvme->data);
+    pthread_mutex_lock(&nvme->lock);
+    bool late = resets != nvme->resets;
+    nvme->transfers += !late;
+    pthread_mutex_unlock(&nvme->lock);
+    if (late)
+        return -ECANCELED;
+    uint32_t status = nvme_map_data(nvme, cmd, n, &pointer);
     if (!status)
-        status = to_host ? nvme_to_host(nvme, &nvme->data, data, n) : nvme_from_host(nvme, &nvme->data, data, n);
-    pv_engine_unpause(nvme->engine);
+        status = to_host ? nvme_to_host(nvme, &pointer, data, n) : nvme_from_host(nvme, &pointer, data, n);
+    pthread_mutex_lock(&nvme->lock);
+    if (!--nvme->transfers)
+        pthread_cond_broadcast(&nvme->transferred);
+    pthread_mutex_unlock(&nvme->lock);
     return (int)status;
 }

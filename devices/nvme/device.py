@@ -96,7 +96,8 @@ class NvmeDevice(FaultHooks, PciFunction):
     def _make_subjects(self) -> None:
         """Everything that executes admin commands."""
         config, nvme = self.nvme_config, self._nvme
-        self._admin = Admin(nvme)
+        self._background = Background()
+        self._admin = Admin(nvme, self.bus, self._background.start)
         self.events = AsyncEvents(self._admin)
         self.health = Health(config, nvme, self.events)
         self._queues = QueueCommands(config, self.registers, nvme, self.events)
@@ -104,7 +105,6 @@ class NvmeDevice(FaultHooks, PciFunction):
         self._features = Features(self.namespaces)
         self._firmware = Firmware(config, self.events)
         self._logs = Logs(config, nvme, self._admin, self.events, self._features)
-        self._background = Background()
         self._self_test = SelfTest(
             config,
             namespaces=self.namespaces,
@@ -188,7 +188,20 @@ class NvmeDevice(FaultHooks, PciFunction):
         descriptor = lib.pv_nvme_event_fd(self._nvme)
         while True:
             await trio.lowlevel.wait_readable(descriptor)
-            self._heed(lib.pv_nvme_events(self._nvme))
+            events = lib.pv_nvme_events(self._nvme)
+            if events & lib.PV_NVME_EVENT_PIN:
+                await self._update_pin()
+            self._heed(events)
+
+    async def _update_pin(self) -> None:
+        """The pin's level as the queues are. Where the engine may wait for somebody, a worker thread waits for it."""
+        resets = lib.pv_nvme_resets(self._nvme)
+        if self.bus.remote:
+            level = await trio.to_thread.run_sync(lib.pv_nvme_pin, self._nvme)
+        else:
+            level = lib.pv_nvme_pin(self._nvme)
+        if resets == lib.pv_nvme_resets(self._nvme):
+            self.set_intx(bool(level))
 
     def _heed(self, events: int) -> None:
         """What the data path has to say."""
@@ -200,8 +213,6 @@ class NvmeDevice(FaultHooks, PciFunction):
             self.events.post_error(lib.NVME_AER_ERROR_INVALID_DB_REG, lib.NVME_SC_QID_INVALID)
         if events & lib.PV_NVME_EVENT_DOORBELL_VALUE:
             self.events.post_error(lib.NVME_AER_ERROR_INVALID_DB_VALUE, lib.NVME_SC_INVALID_FIELD)
-        if events & lib.PV_NVME_EVENT_PIN:
-            self.set_intx(bool(lib.pv_nvme_pin(self._nvme)))
         if events & lib.PV_NVME_EVENT_TIMER:
             self._due_changed.set()
         if events & lib.PV_NVME_EVENT_ADMIN:
@@ -237,7 +248,6 @@ class NvmeDevice(FaultHooks, PciFunction):
         lib.pv_nvme_disable(self._nvme)
         self.cancel_dma(False)
         for subject in (
-            self._admin,
             self.events,
             self._queues,
             self._logs,
@@ -263,7 +273,9 @@ class NvmeDevice(FaultHooks, PciFunction):
         """The keep alive timer expired (Base 3.9): logged, fatal, and no command is executed any more."""
         self._admin.log_error(lib.NVME_SC_KAT_EXPIRED)
         self.registers.fail()
+        self.cancel_dma(True)
         lib.pv_nvme_disable(self._nvme)
+        self.cancel_dma(False)
 
     def mask_pin(self, mask: int) -> None:
         """INTMS and INTMC."""

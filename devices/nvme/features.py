@@ -133,7 +133,7 @@ class Features:
         self._namespaces.active(nsid)
         return (nsid,)
 
-    def _get(self, command: Command) -> int:
+    async def _get(self, command: Command) -> int:
         feature = self._find(command)
         fid, select = command.cdw10 & 0xFF, command.cdw10 >> lib.NVME_FEAT_SEL_SHIFT & 7
         if select > lib.NVME_FEAT_SEL_SUPPORTED:
@@ -142,7 +142,7 @@ class Features:
             return self._capabilities(feature)
         if isinstance(feature, Structure):
             current = select == lib.NVME_FEAT_SEL_CURRENT
-            command.to_host(feature.get(command) if current else feature.default(command))
+            await command.to_host(feature.get(command) if current else feature.default(command))
             return 0
         key = self._keys(command, feature, setting=False)[0]
         if select == lib.NVME_FEAT_SEL_CURRENT:
@@ -159,7 +159,7 @@ class Features:
             result |= lib.NVME_FEAT_CAP_PER_NS * feature.per_namespace
         return result
 
-    def _set(self, command: Command) -> int:
+    async def _set(self, command: Command) -> int:
         feature = self._find(command)
         fid, save = command.cdw10 & 0xFF, bool(command.cdw10 & lib.NVME_FEAT_SAVE)
         if save and not (isinstance(feature, Feature) and feature.saveable):
@@ -167,7 +167,7 @@ class Features:
         if isinstance(feature, Structure):
             if command.nsid not in (0, _ALL):
                 raise AdminError(lib.NVME_SC_FEATURE_NOT_PER_NS, _BYTE_NSID)
-            feature.set(command, command.from_host(feature.size(command)))
+            feature.set(command, await command.from_host(feature.size(command)))
             return 0
         keys = self._keys(command, feature, setting=True)
         if command.cdw11 & ~feature.mask:

@@ -71,7 +71,7 @@ class Firmware:
             page.frs[8 * (slot - 1) : 8 * slot] = revision.ljust(8).encode("ascii")
         return bytes(ffi.buffer(page))
 
-    def _download(self, command: Command) -> int:
+    async def _download(self, command: Command) -> int:
         """Pieces in any order, which must not overlap (Base 5.13)."""
         size, offset = 4 * (command.cdw10 + 1), 4 * command.cdw11
         if size > self._longest_piece:
@@ -80,7 +80,7 @@ class Firmware:
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_CDW11)
         if any(at < offset + size and offset < at + len(piece) for at, piece in self._pieces.items()):
             raise AdminError(lib.NVME_SC_OVERLAPPING_RANGE, _BYTE_CDW11)
-        self._pieces[offset] = command.from_host(size)
+        self._pieces[offset] = await command.from_host(size)
         return 0
 
     def _commit(self, command: Command) -> int:

@@ -70,11 +70,11 @@ class Identify:
         """Opcodes of this module."""
         return {lib.NVME_ADMIN_IDENTIFY: self._identify}
 
-    def _identify(self, command: Command) -> int:
+    async def _identify(self, command: Command) -> int:
         answer = self._answers.get(command.cdw10 & 0xFF)
         if answer is None:
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_CNS)
-        command.to_host(answer(command).ljust(_PAGE, b"\0"))
+        await command.to_host(answer(command).ljust(_PAGE, b"\0"))
         return 0
 
     def controller(self) -> bytes:

@@ -76,7 +76,7 @@ class Logs:
         """After a reset of the controller: a driver looks at all namespaces anyway."""
         self._changed.clear()
 
-    def _get(self, command: Command) -> int:
+    async def _get(self, command: Command) -> int:
         lid = command.cdw10 & 0xFF
         page = self._pages.get(lid)
         if page is None:
@@ -92,7 +92,7 @@ class Logs:
         data = page(command)
         if offset > len(data):
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_OFFSET)
-        command.to_host(data[offset : offset + 4 * dwords].ljust(4 * dwords, b"\0"))
+        await command.to_host(data[offset : offset + 4 * dwords].ljust(4 * dwords, b"\0"))
         if not command.cdw10 & lib.NVME_LOG_RAE:
             self._read(lid)
         return 0

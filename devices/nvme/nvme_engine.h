@@ -86,8 +86,13 @@ uint32_t pv_nvme_events(struct pv_nvme *nvme);
 /* CC.EN: the admin queues, the page size, the arbitration (NVME_CC_AMS_*). 0, -EINVAL. */
 int pv_nvme_enable(struct pv_nvme *nvme, uint64_t asq, uint32_t asq_size, uint64_t acq, uint32_t acq_size,
                    uint32_t page_shift, uint32_t ams);
-/* Every queue goes, with what is in flight; no completion follows. */
+/*
+ * Every queue goes, with what is in flight; no completion follows. It waits for the engine's step and for transfers under
+ * way: cancel the bus meanwhile, or they may wait for somebody.
+ */
 void pv_nvme_disable(struct pv_nvme *nvme);
+/* How often that happened. */
+uint64_t pv_nvme_resets(struct pv_nvme *nvme);
 /* All: 0, or an NVMe status (SCT and SC). Sizes are in entries. */
 int pv_nvme_create_cq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, int interrupts, uint32_t vector);
 int pv_nvme_create_sq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t size, uint32_t cq, uint32_t priority);
@@ -107,8 +112,12 @@ uint32_t pv_nvme_take_admin(struct pv_nvme *nvme, struct nvme_command *out, uint
 void pv_nvme_complete(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result);
 /* Ends a command that has not completed yet with Abort Requested. 1: it was there, 0: not. Not for the admin queue. */
 int pv_nvme_abort(struct pv_nvme *nvme, uint32_t sq, uint16_t cid);
-/* Moves `n` bytes between `data` and a command's data pointer. 0, or an NVMe status. */
-int pv_nvme_transfer(struct pv_nvme *nvme, const struct nvme_command *cmd, void *data, uint32_t n, int to_host);
+/*
+ * Moves `n` bytes between `data` and the data pointer of a command that was taken after so many resets, beside the engine
+ * and in any thread. 0, an NVMe status, or -ECANCELED: there was a reset since.
+ */
+int pv_nvme_transfer(struct pv_nvme *nvme, const struct nvme_command *cmd, void *data, uint32_t n, int to_host,
+                     uint64_t resets);
 
 /* INTx instead of MSI-X; the level it would have; INTMS and INTMC. */
 void pv_nvme_set_pin(struct pv_nvme *nvme, int on);

@@ -133,6 +133,9 @@ struct pv_nvme {
     struct nvme_sync *sync;
 
     pthread_mutex_t lock; /* of what follows */
+    uint64_t resets;
+    uint32_t transfers; /* pv_nvme_transfer calls under way */
+    pthread_cond_t transferred;
     struct nvme_command *admin; /* a ring of NVME_AQA_MAX */
     uint32_t admin_head, admin_count;
     struct nvme_answer {

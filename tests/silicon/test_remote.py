@@ -209,7 +209,12 @@ def test_one_request_for_what_is_one_range() -> None:
 @pytest.mark.parametrize("error", [errno.ETIMEDOUT, errno.ENOTCONN])
 def test_a_far_end_that_does_not_answer_is_asked_once(error: int) -> None:
     asked = []
-    bus, _ = remote_bus(lambda iova, size, write: asked.append(iova) or error)
+
+    def stay_away(iova: int, size: int, write: bool) -> int:
+        asked.append(iova)
+        return error
+
+    bus, _ = remote_bus(stay_away)
     with pytest.raises(DmaAborted) as caught:
         bus.move(BASE + 3 * PAGE, BASE, 3 * PAGE)
     assert (caught.value.fault_iova, caught.value.perm, caught.value.done) == (BASE + 3 * PAGE, WRITE, 0)

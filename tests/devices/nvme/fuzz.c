@@ -126,7 +126,7 @@ static void namespace(struct fuzz *f)
     format.pi_first = (uint32_t)draw(f, 2);
     format.read_only = !draw(f, 6);
     if (draw(f, 3))
-        backing = draw(f, 2) ? pv_nvme_memory(size) : pv_nvme_file(f->file, size, !draw(f, 4), (int)draw(f, 2));
+        backing = draw(f, 2) ? pv_nvme_memory(size) : pv_nvme_file(f->file, size, !draw(f, 4), (int)draw(f, 2), pv_nvme_resets(f->nvme));
     pv_nvme_set_namespace(f->nvme, (uint32_t)draw(f, NAMESPACES + 2), backing, &format);
     pv_nvme_backing_put(backing);
 }

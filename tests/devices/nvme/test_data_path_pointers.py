@@ -312,9 +312,10 @@ def test_admin_transfers(disk: Disk, to_host: bool) -> None:
         disk.put(DATA + 8, data)
     buffer = data.copy() if to_host else np.zeros_like(data)
     pointer = ffi.from_buffer(buffer)
-    assert lib.pv_nvme_transfer(disk.nvme, raw, pointer, PAGE - 8, to_host) == 0
+    assert lib.pv_nvme_transfer(disk.nvme, raw, pointer, PAGE - 8, to_host, 0) == 0
     assert (disk.at(DATA + 8, PAGE - 8) == buffer).all()
     assert (buffer == data).all()
     assert (
-        lib.pv_nvme_transfer(disk.nvme, raw, pointer, 2**32 - 1, to_host) == lib.NVME_SC_INVALID_FIELD | DNR
+        lib.pv_nvme_transfer(disk.nvme, raw, pointer, 2**32 - 1, to_host, 0)
+        == lib.NVME_SC_INVALID_FIELD | DNR
     )
