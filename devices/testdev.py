@@ -57,7 +57,7 @@ class _Order(NamedTuple):
     command: int
     src: int
     dst: int
-    count: int
+    size: int
     resets: int
 
 
@@ -199,14 +199,14 @@ class TestDevice(PciFunction):
             if order.resets != self._resets:
                 return None
             try:
-                data = self._transfer(order.command & 0xFF, order.src, order.dst, order.count)
+                data = self._transfer(order.command & 0xFF, order.src, order.dst, order.size)
             except DmaAborted as abort:
                 return _Outcome(self.ABORTED, abort.done, abort.fault_iova)
             except DmaCancelled as cancelled:
                 return _Outcome(self.CANCELLED, cancelled.done)
             if data is None:
                 return _Outcome(self.BAD_COMMAND, 0)
-            return _Outcome(self.DONE, order.count, data=data)
+            return _Outcome(self.DONE, order.size, data=data)
 
     def _finish(self, order: _Order, outcome: _Outcome) -> None:
         if outcome.data:

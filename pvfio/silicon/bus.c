@@ -337,6 +337,11 @@ void pv_bus_cancel(struct pv_bus *bus, int on)
     atomic_store(&bus->cancel, on ? 1u : 0u);
 }
 
+int pv_bus_cancelled(struct pv_bus *bus)
+{
+    return atomic_load(&bus->cancel) != 0;
+}
+
 void pv_bus_ats(struct pv_bus *bus, int on, uint32_t stu)
 {
     if (bus->ops->ats)

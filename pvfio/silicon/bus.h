@@ -94,6 +94,7 @@ int pv_bus_fill(struct pv_bus *bus, uint64_t dst, const void *pattern8, uint64_t
 int pv_bus_compare(struct pv_bus *bus, uint64_t a, uint64_t b, uint64_t n, struct pv_dma *dma);
 int pv_bus_msi(struct pv_bus *bus, uint64_t addr, uint32_t data);
 void pv_bus_cancel(struct pv_bus *bus, int on);
+int pv_bus_cancelled(struct pv_bus *bus);
 /*
  * The ATS control register of the function (PCIe 4.0 10.5.1.3): enable, and the Smallest Translation Unit as the power of
  * two of 4096 bytes. A change empties the device's translation cache. Not from inside a section.

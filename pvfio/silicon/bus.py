@@ -99,6 +99,11 @@ class BusMaster:
         """While on, operations end at their next section with ``DmaCancelled``."""
         lib.pv_bus_cancel(self.ptr, on)
 
+    @property
+    def cancelled(self) -> bool:
+        """``cancel`` is on: who is asked for remote bytes had better answer at once."""
+        return bool(lib.pv_bus_cancelled(self.ptr))
+
     def set_ats(self, on: bool, stu: int = 0) -> None:
         """What the function's ATS control register says: enable, and log2 of its Smallest Translation Unit in 4 KiB.
 

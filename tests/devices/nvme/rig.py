@@ -19,7 +19,9 @@ from pvfio.devices.nvme import NamespaceSpec, NvmeConfig, NvmeDevice
 from pvfio.host.config import IommuConfig
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
 from pvfio.silicon import EngineKind, TableBus
+from tests.far_memory import FarMemory
 
+Before = Callable[[int, int, bool], int]
 Place = Literal["table", "intel", "amd"]
 PLACES: tuple[tuple[Place, EngineKind], ...] = (
     ("table", "inline"),
@@ -81,6 +83,8 @@ class Ring:
 
 class Rig:
     """A controller and what a host has: memory at ``iova``, the registers, the queues."""
+
+    far: FarMemory | None = None
 
     def __init__(
         self,
@@ -246,13 +250,16 @@ class Rig:
         return cid
 
 
-def _on_table(config: NvmeConfig | None, specs: Sequence[NamespaceSpec], engine: EngineKind) -> Rig:
+def _on_table(
+    config: NvmeConfig | None, specs: Sequence[NamespaceSpec], engine: EngineKind, far: Before | None
+) -> Rig:
     bus = TableBus()
     memory = np.zeros(SIZE, np.uint8)
     iova = 0x100000
-    bus.map(iova, memory)
+    far_memory = None if far is None else FarMemory(bus, far)
+    (far_memory or bus).map(iova, memory)
     device = NvmeDevice(bus, engine=engine, config=config, namespaces=specs)
-    return Rig(
+    rig = Rig(
         device,
         memory,
         iova,
@@ -260,6 +267,8 @@ def _on_table(config: NvmeConfig | None, specs: Sequence[NamespaceSpec], engine:
         lambda offset, size, value: device.write(0, offset, size, value),
         device.config_write,
     )
+    rig.far = far_memory
+    return rig
 
 
 @asynccontextmanager
@@ -270,10 +279,14 @@ async def running(
     place: Place = "table",
     engine: EngineKind = "inline",
     enable: bool = True,
+    far: Before | None = None,
 ) -> AsyncIterator[Rig]:
-    """A controller whose task runs, enabled with an admin queue and I/O queue 1."""
+    """A controller whose task runs, enabled with an admin queue and I/O queue 1.
+
+    ``far``: all of the memory of a table bus is remote, and this is called first whenever somebody asks for it.
+    """
     if place == "table":
-        rig = _on_table(config, namespaces, engine)
+        rig = _on_table(config, namespaces, engine, far)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(rig.device.run)

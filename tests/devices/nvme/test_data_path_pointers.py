@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -315,6 +316,7 @@ def test_admin_transfers(disk: Disk, to_host: bool) -> None:
     assert lib.pv_nvme_transfer(disk.nvme, raw, pointer, PAGE - 8, to_host, 0) == 0
     assert (disk.at(DATA + 8, PAGE - 8) == buffer).all()
     assert (buffer == data).all()
+    assert lib.pv_nvme_transfer(disk.nvme, raw, pointer, PAGE - 8, to_host, 1) == -errno.ECANCELED
     assert (
         lib.pv_nvme_transfer(disk.nvme, raw, pointer, 2**32 - 1, to_host, 0)
         == lib.NVME_SC_INVALID_FIELD | DNR
