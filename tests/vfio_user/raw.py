@@ -58,6 +58,11 @@ class RawClient:
     def __init__(self, sock: Any) -> None:
         self.sock = sock
         self.ids = itertools.count(1)
+        # Memory without a file: what the device asks for by DMA_READ and DMA_WRITE, while a reply is waited for.
+        self.memory = bytearray()
+        self.base = 0
+        self.asked = 0
+        self.requests: list[Reply] = []
 
     @classmethod
     async def connect(cls, path: str | Path) -> RawClient:
@@ -85,6 +90,32 @@ class RawClient:
         return data
 
     async def receive(self) -> Reply:
+        """The next reply. Requests are answered if there is memory, and kept for ``request`` if not."""
+        while True:
+            reply = await self._next()
+            if reply.flags & REPLY:
+                return reply
+            if self.memory:
+                await self._serve_memory(reply)
+            else:
+                self.requests.append(reply)
+
+    async def request(self) -> Reply:
+        """The next request of the server."""
+        return self.requests.pop(0) if self.requests else await self._next()
+
+    async def _serve_memory(self, request: Reply) -> None:
+        self.asked += 1
+        address, count = struct.unpack_from("<QQ", request.body)
+        at = slice(address - self.base, address - self.base + count)
+        body = request.body[:16]
+        if request.command == lib.VFIO_USER_DMA_READ:
+            body += self.memory[at]
+        else:
+            self.memory[at] = request.body[16:]
+        await self.send(HEADER.pack(request.id, request.command, 16 + len(body), REPLY, 0) + body)
+
+    async def _next(self) -> Reply:
         fds: list[int] = []
         with trio.fail_after(5):
             id, command, size, flags, error = HEADER.unpack(await self._exactly(16, fds))
@@ -152,6 +183,19 @@ class RawClient:
     async def enable(self) -> None:
         """Memory decoding and bus mastering on."""
         await self.write(CONFIG, 4, 6, 2)
+
+    async def find_capability(self, wanted: int) -> int:
+        """Its offset in configuration space."""
+        at = await self.read(CONFIG, lib.PCI_CAPABILITY_LIST, 1)
+        while await self.read(CONFIG, at, 1) != wanted:
+            at = await self.read(CONFIG, at + 1, 1)
+            assert at
+        return at
+
+    async def flr(self) -> None:
+        """A function level reset, as a guest asks for it."""
+        at = await self.find_capability(lib.PCI_CAP_ID_EXP) + lib.PCI_EXP_DEVCTL
+        await self.write(CONFIG, at, await self.read(CONFIG, at, 2) | lib.PCI_EXP_DEVCTL_BCR_FLR, 2)
 
     async def map(self, address: int, size: int, fd: int = -1, *, flags: int = 3, offset: int = 0) -> int:
         """Returns the errno."""
