@@ -76,10 +76,17 @@ static struct range_list *changed_list(const struct range_list *old, const struc
     return list;
 }
 
+/* After a change, before what it replaced is freed: no section has that any more, and none takes it from another. */
+static void settle(struct range_table *table)
+{
+    atomic_fetch_add(&table->changes, 1);
+    pv_section_wait(table->section);
+}
+
 static void replace_list(struct range_table *table, struct range_list *list, const struct change *change)
 {
     struct range_list *old = atomic_exchange(&table->list, list);
-    pv_section_wait(table->section);
+    settle(table);
     for (uint64_t i = change->low; i < change->high; i++)
         free(range_chunk_at(old, i));
     free(old);
@@ -109,7 +116,7 @@ static int apply(struct range_table *table, const struct change *change)
         return 0;
     }
     struct range_chunk *gone = atomic_exchange(&old->slot[change->low].chunk, piece[0]);
-    pv_section_wait(table->section);
+    settle(table);
     free(gone);
     return 0;
 }

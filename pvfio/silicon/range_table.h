@@ -39,6 +39,7 @@ struct range_list {
 struct range_table {
     _Atomic(struct range_list *) list;
     _Atomic uint64_t *section;
+    _Atomic uint64_t changes; /* a section that read this number may use what others found that read the same */
     uint64_t count, remote; /* entries, and those without memory here */
 };
 

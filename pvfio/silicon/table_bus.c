@@ -22,6 +22,11 @@ struct table_bus {
     struct pv_bus bus;
     _Atomic uint64_t section; /* one for all who use the bus: they take turns */
     struct range_table table;
+    uint64_t changes; /* of the table, as the open section read it */
+    struct hit {
+        uint64_t changes;
+        struct range_entry entry;
+    } hit[2]; /* the last one to be read, and to be written; whose section is open uses them */
     pthread_mutex_t lock; /* of whoever changes the table */
 
     pthread_mutex_t ask_lock;
@@ -37,21 +42,36 @@ struct table_bus {
     struct pv_table_bus_stats stats;
 };
 
-static int table_translate(struct pv_bus *bus, uint64_t iova, uint32_t perm, struct pv_span *span)
+static __attribute__((noinline)) int translate_miss(struct table_bus *t, struct hit *hit, uint64_t iova, uint32_t perm,
+                                                    struct pv_span *span)
 {
-    const struct range_entry *e = range_find(&((struct table_bus *)bus)->table, iova);
+    const struct range_entry *e = range_find(&t->table, iova);
     if (!e || e->last < iova || perm & ~e->perm)
         return -EFAULT;
     *span = (struct pv_span){e->ptr, e->last - iova + 1};
     if (!e->ptr)
         return PV_REMOTE;
     span->ptr += iova - e->iova;
+    *hit = (struct hit){t->changes, *e};
+    return 0;
+}
+
+static int table_translate(struct pv_bus *bus, uint64_t iova, uint32_t perm, struct pv_span *span)
+{
+    struct table_bus *t = (struct table_bus *)bus;
+    struct hit *hit = &t->hit[perm == PV_DMA_WRITE];
+    const struct range_entry *e = &hit->entry;
+    if (hit->changes != t->changes || iova < e->iova || iova > e->last || perm & ~e->perm)
+        return translate_miss(t, hit, iova, perm, span);
+    *span = (struct pv_span){e->ptr + (iova - e->iova), e->last - iova + 1};
     return 0;
 }
 
 static void table_enter(struct pv_bus *bus)
 {
-    pv_section_enter(&((struct table_bus *)bus)->section);
+    struct table_bus *t = (struct table_bus *)bus;
+    pv_section_enter(&t->section);
+    t->changes = atomic_load(&t->table.changes);
 }
 
 static void table_leave(struct pv_bus *bus)
