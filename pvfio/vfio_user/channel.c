@@ -12,17 +12,11 @@
 
 #include "channel_private.h"
 
-/* The most descriptors that one sendmsg carries (Linux, SCM_MAX_FD): so none of them is cut off here. */
-#define KERNEL_FDS 253
 /* Looking for the next message of a busy peer; after spins in vain, the next 8, 16 .. 256 waits go without. */
 #define SPIN_NS 30000
 #define MOST_IN_VAIN 6
-
-static void close_fds(const int32_t *fds, uint32_t count)
-{
-    for (uint32_t i = 0; i < count; i++)
-        close(fds[i]);
-}
+/* Messages read before the thread looks at anything else: replies that nobody asked for could keep it for ever. */
+#define AT_ONCE 64
 
 void vfu_signal(int event_fd)
 {
@@ -127,10 +121,10 @@ static void drop_received(struct pv_vfu *ch)
 {
     for (; ch->queue_count; ch->queue_count--) {
         struct pv_vfu_message *message = ch->queue[ch->queue_head++ % QUEUE_MESSAGES];
-        close_fds(message->fds, message->fd_count);
+        vfu_close_fds(message->fds, message->fd_count);
         free(message);
     }
-    close_fds(ch->fds, ch->fd_count);
+    vfu_close_fds(ch->fds, ch->fd_count);
     ch->fd_count = 0;
     free_message(ch, ch->target);
     ch->target = NULL;
@@ -182,121 +176,15 @@ int pv_vfu_socket(struct pv_vfu *ch)
     return ch->socket;
 }
 
-/* Descriptors go to the message that is being read; one too many, and all of them are closed. */
-static void take_fds(struct pv_vfu *ch, const int32_t *fds, uint32_t count)
-{
-    if (!ch->fds_lost && ch->fd_count + count <= ch->max_fds) {
-        memcpy(ch->fds + ch->fd_count, fds, count * sizeof(*fds));
-        ch->fd_count += count;
-        return;
-    }
-    close_fds(fds, count);
-    close_fds(ch->fds, ch->fd_count);
-    ch->fd_count = 0;
-    ch->fds_lost = true;
-}
-
-static void take_control(struct pv_vfu *ch, struct msghdr *msg)
-{
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-            continue;
-        int32_t fds[KERNEL_FDS];
-        size_t bytes = c->cmsg_len - CMSG_LEN(0);
-        memcpy(fds, CMSG_DATA(c), bytes);
-        take_fds(ch, fds, bytes / sizeof(*fds));
-    }
-    if (msg->msg_flags & MSG_CTRUNC) { /* the process has no descriptor left */
-        close_fds(ch->fds, ch->fd_count);
-        ch->fd_count = 0;
-        ch->fds_lost = true;
-    }
-}
-
-/* At most n bytes. How many; 0 at the end; -errno. */
-static ssize_t read_bytes(struct pv_vfu *ch, void *to, size_t n)
-{
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(KERNEL_FDS * sizeof(int))];
-    struct iovec iov = {to, n};
-    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
-    ssize_t got;
-    do {
-        got = recvmsg(ch->socket, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    } while (got < 0 && errno == EINTR);
-    if (got < 0)
-        return errno == EWOULDBLOCK ? -EAGAIN : -errno;
-    if (msg.msg_controllen || msg.msg_flags & MSG_CTRUNC)
-        take_control(ch, &msg);
-    ch->got += got;
-    return got;
-}
-
-static bool own_reply(const struct vfio_user_header *header)
-{
-    return (header->flags & VFIO_USER_F_TYPE_MASK) == VFIO_USER_F_TYPE_REPLY && header->msg_id & PV_VFU_OWN_ID;
-}
-
-/* The header is complete: where its message goes. 0, -EPROTO, -ENOMEM. */
-static int choose_target(struct pv_vfu *ch, bool inbox)
-{
-    struct vfio_user_header header;
-    memcpy(&header, ch->header, sizeof(header));
-    if (header.msg_size < PV_VFU_HEADER || header.msg_size > ch->max_message)
-        return -EPROTO;
-    struct pv_vfu_message *target = ch->inbox;
-    if (!inbox || own_reply(&header))
-        target = malloc(sizeof(*target) + header.msg_size - PV_VFU_HEADER);
-    if (!target)
-        return -ENOMEM;
-    memcpy(target, ch->header, PV_VFU_HEADER);
-    target->fd_count = 0;
-    target->fds_lost = 0;
-    ch->target = target;
-    return 0;
-}
-
-/*
- * Goes on with the message that is being read. 1: complete, *message is it; 0: the end; -EAGAIN, -errno. `inbox`: a new
- * message may go there.
- */
-static int read_message(struct pv_vfu *ch, bool inbox, struct pv_vfu_message **message)
-{
-    ssize_t got;
-    while (ch->got < PV_VFU_HEADER) {
-        got = read_bytes(ch, ch->header + ch->got, PV_VFU_HEADER - ch->got);
-        if (got <= 0)
-            return got == 0 && ch->got ? -ECONNRESET : (int)got;
-    }
-    if (!ch->target) {
-        int error = choose_target(ch, inbox);
-        if (error)
-            return error;
-    }
-    while (ch->got < ch->target->size) {
-        got = read_bytes(ch, ch->target->body + (ch->got - PV_VFU_HEADER), ch->target->size - ch->got);
-        if (got <= 0)
-            return got == 0 ? -ECONNRESET : (int)got;
-    }
-    *message = ch->target;
-    memcpy((*message)->fds, ch->fds, ch->fd_count * sizeof(*ch->fds));
-    (*message)->fd_count = ch->fd_count;
-    (*message)->fds_lost = ch->fds_lost;
-    ch->target = NULL;
-    ch->got = 0;
-    ch->fd_count = 0;
-    ch->fds_lost = false;
-    return 1;
-}
-
 /* A reply to this side's C goes to its waiter. False: the message is Python's. */
 static bool take_reply(struct pv_vfu *ch, struct pv_vfu_message *message)
 {
     struct vfio_user_header header;
     memcpy(&header, message, sizeof(header));
-    if (!own_reply(&header))
+    if (!vfu_own_reply(&header))
         return false;
     vfu_reply(ch, message);
-    close_fds(message->fds, message->fd_count);
+    vfu_close_fds(message->fds, message->fd_count);
     free_message(ch, message);
     return true;
 }
@@ -317,7 +205,7 @@ static int enqueue(struct pv_vfu *ch, struct pv_vfu_message *message)
     if (message == ch->inbox) { /* Python began to read it */
         struct pv_vfu_message *copy = malloc(bytes_of(message));
         if (!copy) {
-            close_fds(message->fds, message->fd_count);
+            vfu_close_fds(message->fds, message->fd_count);
             return -ENOMEM;
         }
         message = memcpy(copy, message, bytes_of(message));
@@ -331,9 +219,9 @@ static int enqueue(struct pv_vfu *ch, struct pv_vfu_message *message)
 
 void vfu_pump(struct pv_vfu *ch)
 {
-    while (!ch->ended && vfu_queue_has_room(ch)) {
+    for (unsigned i = 0; i < AT_ONCE && !ch->ended && vfu_queue_has_room(ch); i++) {
         struct pv_vfu_message *message;
-        int result = read_message(ch, false, &message);
+        int result = vfu_read(ch, false, &message);
         if (result == -EAGAIN)
             return;
         if (result == 1 && !take_reply(ch, message)) {
@@ -366,11 +254,11 @@ static int receive(struct pv_vfu *ch)
         dequeue(ch);
         return 1;
     }
-    for (;;) {
+    for (unsigned i = 0; i < AT_ONCE; i++) {
         if (ch->ended)
             return ch->end;
         struct pv_vfu_message *message;
-        int result = read_message(ch, true, &message);
+        int result = vfu_read(ch, true, &message);
         if (result == -EAGAIN)
             return result;
         if (result != 1) {
@@ -383,6 +271,7 @@ static int receive(struct pv_vfu *ch)
             return 1;
         }
     }
+    return -EAGAIN;
 }
 
 static int receive_once(struct pv_vfu *ch, uint64_t *recent)

@@ -86,11 +86,23 @@ static inline void vfu_relax(void)
 #endif
 }
 
+/* A reply to a request of this side's C. */
+static inline bool vfu_own_reply(const struct vfio_user_header *header)
+{
+    return (header->flags & VFIO_USER_F_TYPE_MASK) == VFIO_USER_F_TYPE_REPLY && header->msg_id & PV_VFU_OWN_ID;
+}
+
+void vfu_close_fds(const int32_t *fds, uint32_t count);
+/*
+ * Under the lock: goes on with the message that is being read. 1: complete, *message is it; 0: the end; -EAGAIN, -errno.
+ * `inbox`: a new message may go there.
+ */
+int vfu_read(struct pv_vfu *ch, bool inbox, struct pv_vfu_message **message);
 /* Makes poll_fd tell what `waiting` and `backlogged` ask for. */
 void vfu_arm(struct pv_vfu *ch);
 void vfu_signal(int event_fd);
 void vfu_clear(int event_fd);
-/* Reads what there is for the waiters; other messages are queued. Returns when the socket or the queue's room is used up. */
+/* Reads what there is, up to a number of messages and the queue's room: for the waiters, or into the queue. */
 void vfu_pump(struct pv_vfu *ch);
 /* Whether the queue takes another message. */
 bool vfu_queue_has_room(const struct pv_vfu *ch);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -177,6 +178,31 @@ def test_the_deadline_and_a_late_reply(with_peer: PeerFactory) -> None:
     peer.send(read_reply(id, body, b"x" * 64) + message(9, 1))
     assert channel.receive_nowait().id == 1
     assert engine.data == bytes(64)
+
+
+def test_a_flood_of_replies_to_nobody_keeps_neither_python_nor_an_engine(with_peer: PeerFactory) -> None:
+    channel, peer = with_peer()
+    flood = read_reply(0xFFFE, ACCESS.pack(IOVA, 64), bytes(64)) * 20
+    given_up = threading.Event()
+
+    def client() -> None:
+        while not given_up.is_set():
+            peer.send(flood)
+        peer.send(message(9, 1))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert Engine(channel, 64, timeout=1_000_000).result() == errno.ETIMEDOUT
+    for _ in range(10):
+        with pytest.raises(trio.WouldBlock):
+            channel.receive_nowait()
+    given_up.set()
+    received = None
+    while received is None:
+        with contextlib.suppress(trio.WouldBlock):
+            received = channel.receive_nowait()
+    assert received.id == 1
+    thread.join()
 
 
 def test_cancel(with_peer: PeerFactory) -> None:
