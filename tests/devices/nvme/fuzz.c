@@ -126,7 +126,7 @@ static void namespace(struct fuzz *f)
     format.pi_first = (uint32_t)draw(f, 2);
     format.read_only = !draw(f, 6);
     if (draw(f, 3))
-        backing = draw(f, 2) ? pv_nvme_memory(size) : pv_nvme_file(f->file, size, !draw(f, 4), (int)draw(f, 2), pv_nvme_resets(f->nvme));
+        backing = draw(f, 2) ? pv_nvme_memory(size) : pv_nvme_file(f->file, size, !draw(f, 4), (int)draw(f, 2));
     pv_nvme_set_namespace(f->nvme, (uint32_t)draw(f, NAMESPACES + 2), backing, &format);
     pv_nvme_backing_put(backing);
 }
@@ -216,7 +216,8 @@ static void admin(struct fuzz *f)
     uint8_t page[4096] = {0};
     uint32_t count = pv_nvme_take_admin(f->nvme, taken, 8);
     for (uint32_t i = 0; i < count; i++) {
-        pv_nvme_transfer(f->nvme, &taken[i], page, (uint32_t)draw(f, sizeof(page) + 1), (int)draw(f, 2));
+        pv_nvme_transfer(f->nvme, &taken[i], page, (uint32_t)draw(f, sizeof(page) + 1), (int)draw(f, 2),
+                         pv_nvme_resets(f->nvme));
         pv_nvme_complete(f->nvme, (uint32_t)(draw(f, 10) ? 0 : any_word(f)), taken[i].cid, 0, 0);
     }
 }
