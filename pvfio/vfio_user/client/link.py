@@ -13,6 +13,7 @@ Not here: what calls mean (device.py, container.py). Not modelled: twin sockets.
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 import time
@@ -68,21 +69,29 @@ class Reach(Protocol):
 
 
 class Call:
-    """A request that was sent. ``body`` and ``fds`` are the reply's once it is ``done``; ``error`` is its errno, or
-    0.
+    """A request that was sent. ``body`` and ``fds`` are the reply's once it is ``done``; ``error`` is its errno, or 0.
+
+    ``abandoned``: nobody waits for it any more.
     """
 
-    __slots__ = ("body", "command", "done", "error", "event", "fds", "number", "operation")
+    __slots__ = ("abandoned", "body", "command", "done", "error", "event", "fds", "number", "operation")
 
     def __init__(self, number: int, command: int, operation: str) -> None:
         self.number = number
         self.command = command
         self.operation = operation
         self.done = False
+        self.abandoned = False
         self.error = 0
         self.body = b""
         self.fds: list[int] = []
         self.event: trio.Event | None = None
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        self.abandoned = True
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 class Link:
@@ -107,7 +116,7 @@ class Link:
         self.on_lost: Callable[[], None] | None = None
         self._offer = offer
         self._channel: Channel | None = None
-        self._calls: dict[int, Call | None] = {}
+        self._calls: dict[int, Call] = {}
         self._next = 0
         self._listener: trio.CancelScope | None = None
         self._connecting = trio.Lock()
@@ -196,11 +205,10 @@ class Link:
             self._listener.cancel()
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            if call is not None:
-                call.error, call.done = errno.ENODEV, True
-                call.body = why.encode()
-                if call.event is not None:
-                    call.event.set()
+            call.error, call.done = errno.ENODEV, True
+            call.body = why.encode()
+            if call.event is not None:
+                call.event.set()
 
     # Calls.
 
@@ -249,9 +257,7 @@ class Link:
         except trio.ClosedResourceError:
             raise self.error(operation) from None
         except BaseException:
-            # Where it was sent nevertheless, its reply will be dropped.
-            if number in self._calls:
-                self._calls[number] = None
+            call.abandon()  # where it was sent nevertheless, its reply will be dropped
             raise
         return call
 
@@ -270,6 +276,7 @@ class Link:
 
         A server that does not say is lost, and silent.
         """
+        call.abandoned = False
         with trio.CancelScope(shield=True):
             try:
                 await self.end(call, self.grace)
@@ -323,10 +330,11 @@ class Link:
         try:
             with trio.move_on_after(deadline):
                 await call.event.wait()
-        finally:
-            if not call.done:
-                self._calls[call.number] = None
+        except BaseException:
+            call.abandon()
+            raise
         if not call.done:
+            call.abandon()
             raise DeadlineExceeded(call.operation, deadline, device=self.name)
 
     def _number(self, operation: str) -> int:
@@ -388,8 +396,6 @@ class Link:
         except KeyError:
             self.lose(f"a reply to no request: id {message.id}")
             return
-        if call is None:
-            return
         if message.command != call.command:
             self._calls[message.id] = call
             asked, answered = command_name(call.command), command_name(message.command)
@@ -399,7 +405,8 @@ class Link:
             call.error = message.error or errno.EIO
         else:
             call.body = bytes(message.body)
-            call.fds = message.take_fds()
+            if not call.abandoned:
+                call.fds = message.take_fds()
         call.done = True
         if call.event is not None:
             call.event.set()
