@@ -40,7 +40,7 @@ def footprint() -> tuple[int, int, int]:
 
 
 async def well_behaved(served: Served) -> tuple[int, int, int]:
-    """Negotiates, and finds the device as it should be. The client before it has been cleaned up after: the footprint."""
+    """Negotiates, and finds the device as it should be. The footprint: the client before it was cleaned up after."""
     client = await served.connect()
     assert await client.read(CONFIG, 0, 2) > 0
     await client.enable()
