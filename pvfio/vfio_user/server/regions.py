@@ -28,6 +28,7 @@ _CONFIG_SIZE: Final[int] = lib.PCI_CFG_SPACE_EXP_SIZE
 _ROM: Final[int] = lib.VFIO_PCI_ROM_REGION_INDEX
 _RW: Final[int] = lib.VFIO_REGION_INFO_FLAG_READ | lib.VFIO_REGION_INFO_FLAG_WRITE
 _ENTRY: Final[int] = lib.PCI_MSIX_ENTRY_SIZE
+_WIDTHS: Final = frozenset((1, 2, 4, 8))
 _SUBMISSION: Final = 64
 _HEADER: Final = 64
 _BARS_END: Final[int] = lib.PCI_BASE_ADDRESS_0 + 4 * lib.PCI_STD_NUM_BARS
@@ -143,10 +144,9 @@ class Regions:
         """REGION_READ. EINVAL outside the region."""
         if index == _CONFIG:
             return self._config_read(offset, size)
-        if size in (4, 8) and offset % size == 0 and index != self._table_bar:
-            self._check(index, offset, size)
-            return self._function.read(index, offset, size).to_bytes(size, "little")
         self._check(index, offset, size)
+        if size in _WIDTHS and offset % size == 0:
+            return self._read_piece(index, offset, size).to_bytes(size, "little")
         parts = [
             self._read_piece(index, at, width).to_bytes(width, "little")
             for at, width in _pieces(offset, size, 8)
