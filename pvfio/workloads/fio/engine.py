@@ -2,7 +2,8 @@
 
 A job's passes go on until ``size`` (or ``io_size``) is done ``loops`` times or, with ``time_based``, until ``runtime``
 is over. A job that writes and verifies reads back and checks all it wrote after each pass, however long it takes.
-Writes that are to be verified never overlap others in flight. Where there is nothing to do, other tasks run.
+Writes that are to be verified never overlap others in flight. What goes wrong is kept in outcome.py. Where there is
+nothing to do, other tasks run.
 
 Cancelled: what is in flight ends in the driver's hands; ``stop`` ends a job in order.
 """
@@ -10,11 +11,8 @@ Cancelled: what is in flight ends in the driver's hands; ``stop`` ends a job in 
 from __future__ import annotations
 
 import errno
-import os
-import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -23,6 +21,9 @@ from numpy.typing import NDArray
 
 from pvfio.workloads.fio.checksums import fill_random
 from pvfio.workloads.fio.job import READ, WRITE, Job
+from pvfio.workloads.fio.latency import LatencyLimits, Step
+from pvfio.workloads.fio.outcome import Outcome, Place
+from pvfio.workloads.fio.overlap import Overlaps
 from pvfio.workloads.fio.pace import Pace
 from pvfio.workloads.fio.plan import Ios, Plan
 from pvfio.workloads.fio.queue import IoQueue
@@ -34,17 +35,7 @@ __all__ = ["Engine", "Place"]
 
 _SPIN_NS: Final = 20_000
 _TURN_NS: Final = 500_000  # how long a job runs before others do
-_MOST_FAILURES: Final = 1000  # lines kept
 _EAGER: Final = 16  # looks before sleeping
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a job's file is: ``base`` and ``size`` in bytes of the namespace, and what it is called."""
-
-    name: str
-    base: int
-    size: int
 
 
 class _Source(Protocol):
@@ -90,7 +81,7 @@ class Engine:
         failed: Callable[[str], None] | None = None,
     ) -> None:
         self.job, self.queue, self.place, self.stats = job, queue, place, stats
-        self._failed = failed or (lambda line: None)
+        self._outcome = Outcome(job, place, stats, queue.block_size, failed)
         self._seed = seed
         self._writes_verified = bool(job.verify) and job.mode.writes and not job.mode.trims
         repeated = job.time_based and not self._writes_verified
@@ -106,14 +97,19 @@ class Engine:
         self._free_count = depth
         self._pace = Pace(job, np.random.default_rng([seed, 1]))
         self._turn_ns = _TURN_NS if alone else _TURN_NS // 4
+        self._limits = LatencyLimits(job)
         self._stopped = False
+        self._filling = True
         self._verifier: Verifier | None = None
         if job.verify:
             self._verifier = Verifier(job, queue.buffer, place.base, thread, seed)
         self._written: Written | None = None
-        self._busy: NDArray[np.bool_] | None = None
+        self._overlaps: Overlaps | None = None
+        if self._writes_verified or (job.serialize_overlap and depth > 1):
+            self._overlaps = Overlaps(self.plan.size, self._unit)
+        self._most = max(job.batch_complete_max, job.batch_complete_min) if job.batch_complete_max else None
         self._checking = job.verifying_reads
-        self._numbers_known = False
+        self._numbers_known = self._reading_back = False
         self.recorder = Recorder(job, stats, 0)
         self._deadline = 0
         self._ramp_until = 0
@@ -128,18 +124,28 @@ class Engine:
         """I/Os without a completion yet."""
         return self.job.iodepth - self._free_count
 
+    @property
+    def measured(self) -> bool:
+        """What it does now counts: it is neither in its ramp nor reading back what it wrote."""
+        return not self._ramp_until and not self._reading_back
+
+    @property
+    def _unit(self) -> int:
+        return min(self.job.least_block(direction) for direction in self.job.directions)
+
     # The whole job
 
     async def run(self) -> None:
         """From the first I/O to the last check. Errors of the device are in the statistics, not raised."""
         job = self.job
         self._fill_buffers()
-        before = _usage()
+        before = Usage.now()
         begin = time.perf_counter_ns()
         self.recorder.restart(begin)
         self._ramp_until = begin + job.ramp_time if job.ramp_time else 0
         self._deadline = begin + job.ramp_time + job.runtime if job.runtime else 0
         self._pace.begin(begin)
+        self._limits.begin(begin)
         if self._writes_verified:
             await self._write_and_verify()
         else:
@@ -149,16 +155,15 @@ class Engine:
             await self._flush()
         self.recorder.fold()
         self.stats.runtime = time.perf_counter_ns() - self.recorder.begin
-        self.stats.usage = _difference(before, _usage())
+        self.stats.latency_depth = self._limits.depth
+        self.stats.usage = Usage.now().since(before)
 
     async def _write_and_verify(self) -> None:
         """Each pass: all the writes, then all the checks."""
         job = self.job
         loops = 0
         while not self._stopped and not self.stats.error:
-            unit = min(job.least_block(direction) for direction in job.directions)
-            self._written = Written(self.plan.size, unit)
-            self._busy = self._written.new_map()
+            self._written = Written(self.plan.size, self._unit)
             begin = time.perf_counter_ns()
             if job.verify_only:
                 self._pretend()
@@ -183,15 +188,17 @@ class Engine:
         assert self._written is not None
         ios, numbers = self._written.remaining(ordered=self.job.verifysort and not self.job.mode.random)
         begin = time.perf_counter_ns()
-        self._written, self._busy, self._checking = None, None, True
+        self._written, self._checking, self._reading_back = None, True, True
         # A sequence of numbers is known only to the run that wrote.
         self._numbers_known = self.job.verify_write_sequence and not self.job.verify_only
         deadline, self._deadline = self._deadline, 0
+        overlaps, self._overlaps = self._overlaps, None
         self._pace.active, active = False, self._pace.active
         try:
             await self._phase(_List(ios, numbers))
         finally:
-            self._checking, self._deadline, self._pace.active = False, deadline, active
+            self._checking = self._reading_back = False
+            self._deadline, self._overlaps, self._pace.active = deadline, overlaps, active
         self.recorder.fold()
         self.stats.directions[READ].runtime += time.perf_counter_ns() - begin
 
@@ -227,6 +234,8 @@ class Engine:
                 more = False
             if self._ramp_until and now >= self._ramp_until:
                 self._end_ramp(now)
+            if self._limits.active and not self._reading_back and self._limits.due(now):
+                await self._change_depth()
             if more and self._free_count and self._wants(self.inflight):
                 more = await self._issue(source, now)
             done = self._reap()
@@ -247,8 +256,6 @@ class Engine:
             self._filling = False
         return self._filling
 
-    _filling = True
-
     async def _rest(self, now: int, more: bool) -> None:
         """Lets others run; until the next I/O is due, where nothing is in flight."""
         if more and self._pace.active and not self.inflight:
@@ -264,12 +271,14 @@ class Engine:
         if more and self._pace.active and self._free_count:
             limit = max(0.0, (self._pace.next_time(now) - now) / 1e9) or float("inf")
         with trio.move_on_after(limit):
-            slots, status, failed = await self.queue.wait()
+            slots, status, failed = await self.queue.wait(self._most)
             self._complete(slots, status, failed)
 
     async def _issue(self, source: _Source, now: int) -> bool:
         """Submits what may be submitted; whether there may be more."""
         count = self._free_count
+        if self._limits.depth < self.job.iodepth and not self._reading_back:
+            count = min(count, self._limits.depth - self.inflight)
         if self.job.batch_submit > 1:
             count = min(count, self.job.batch_submit)
         if self._pace.active:
@@ -284,7 +293,7 @@ class Engine:
                 await self._drain()
                 await self._flush()
             count = min(count, every - self._since_flush)
-        if not count:
+        if count <= 0:
             return True
         ios = source.take(count)
         if not len(ios):
@@ -299,8 +308,8 @@ class Engine:
 
     def _allowed(self, ios: Ios, now: int) -> int:
         allowed = self._pace.allow(ios, now) if self._pace.active else len(ios)
-        if self._busy is not None and self._written is not None and allowed:
-            allowed = self._written.independent(ios.part(0, allowed), self._busy)
+        if self._overlaps is not None and allowed:
+            allowed = self._overlaps.independent(ios.part(0, allowed))
         return allowed
 
     def _submit(self, source: _Source, ios: Ios, now: int) -> None:
@@ -324,11 +333,12 @@ class Engine:
 
     def _prepare(self, source: _Source, ios: Ios, slots: NDArray[np.intp]) -> None:
         """What is written, and what is expected of what is read."""
+        if self._overlaps is not None:
+            self._overlaps.begin(ios)
         if isinstance(source, _List):
             self._number[slots] = source.numbers[source.position - len(ios) : source.position]
             return
-        if self._written is not None and self._busy is not None and self._verifier is not None:
-            self._written.mark(self._busy, ios, True)
+        if self._written is not None and self._verifier is not None:
             writes = ios.direction == WRITE
             if writes.any():
                 mine = _chosen(ios, writes)
@@ -349,7 +359,9 @@ class Engine:
             return 0
         # A device that is nearly done with half of them is worth a few microseconds: batches pay for Python.
         least = max(1, self.inflight // 2, min(self.job.batch_complete_min, self.inflight))
-        slots, status, failed = self.queue.reap(least, _SPIN_NS)
+        if self._most is not None:
+            least = min(least, self._most)
+        slots, status, failed = self.queue.reap(least, _SPIN_NS, self._most)
         self._complete(slots, status, failed)
         return len(slots)
 
@@ -359,8 +371,8 @@ class Engine:
             return
         now = time.perf_counter_ns()
         self.stats.count_complete(count)
-        if self._busy is not None and self._written is not None:
-            self._written.mark(self._busy, self._ios(slots), False)
+        if self._overlaps is not None:
+            self._overlaps.end(self._ios(slots))
         good = slots
         if failed:
             good = slots[status == 0]
@@ -369,6 +381,10 @@ class Engine:
         self.recorder.add(
             now, self._direction[good], self._length[good], submitted - self._start[good], now - submitted
         )
+        if self._limits.active and not self._reading_back:
+            late = self._limits.took(self._direction[good], now - self._start[good])
+            if late:
+                self.fail(errno.ETIMEDOUT, late)
         if self._checking and len(good):
             self._check(good)
         self._free[self._free_count : self._free_count + count] = slots
@@ -382,56 +398,41 @@ class Engine:
         reads = slots[self._direction[slots] == READ]
         numbers = self._number[reads] if self._numbers_known else None
         looked, failures = self._verifier.check(self._starts(reads), self._ios(reads), numbers)
-        self.stats.verified += looked
-        self.stats.failed += len(failures)
-        for failure in failures:
-            lba = failure.offset // self.queue.block_size
-            self._line(
-                f"{self.job.verify}: verify failed at file {self.place.name} "
-                f"offset {failure.offset - self.place.base}, length {failure.length} (LBA {lba}): {failure.why}"
-            )
-        if failures and self.job.continue_on_error not in ("verify", "all") and self.job.verify_fatal:
-            self._fail(errno.EILSEQ, f"verify: LBA {failures[0].offset // self.queue.block_size}")
-        elif failures and not self.stats.error:
-            self._verify_failed = f"verify: LBA {failures[0].offset // self.queue.block_size}"
-
-    _verify_failed = ""
+        self._outcome.verified(looked, failures)
 
     def _report(self, slots: NDArray[np.intp], status: NDArray[np.uint16]) -> None:
         """Commands that failed."""
-        self.stats.failed += len(slots)
         for slot, value in zip(slots.tolist(), status.tolist(), strict=True):
-            what = ("read", "write", "trim")[int(self._direction[slot])]
-            lba = (int(self._offset[slot]) + self.place.base) // self.queue.block_size
             name = self.queue.status_name(value)
-            self._line(
-                f"{what} failed at file {self.place.name} offset {int(self._offset[slot])} (LBA {lba}): {name}"
-            )
-            kinds = {"read": ("read", "io", "all"), "write": ("write", "io", "all"), "trim": ("io", "all")}
-            if self.job.continue_on_error not in kinds[what]:
-                self._fail(errno.EIO, f"{what} LBA {lba}: {name}")
+            self._outcome.command(int(self._direction[slot]), int(self._offset[slot]), name)
 
-    def _line(self, text: str) -> None:
-        if len(self.stats.failures) < _MOST_FAILURES:
-            self.stats.failures.append(text)
-            self._failed(text)
-
-    def _fail(self, number: int, reason: str) -> None:
-        if not self.stats.error:
-            self.stats.error, self.stats.reason = number, f"{os.strerror(number)}; {reason}"
+    def fail(self, number: int, reason: str) -> None:
+        """Ends the job with an error: a limit was not kept."""
+        self._outcome.limit(number, reason)
 
     def finish(self) -> None:
         """A job with blocks that did not verify has failed, though it went on."""
-        if self._verify_failed and self.job.continue_on_error not in ("verify", "all"):
-            self._fail(errno.EILSEQ, self._verify_failed)
+        self._outcome.finish()
 
     # Flushes
 
     async def _drain(self) -> None:
         while self.inflight:
             if not self._reap():
-                slots, status, failed = await self.queue.wait()
+                slots, status, failed = await self.queue.wait(self._most)
                 self._complete(slots, status, failed)
+
+    async def _change_depth(self) -> None:
+        """A window of ``latency_target`` is over."""
+        step = self._limits.step()
+        if step is Step.DONE:
+            self.stop()
+        elif step is not Step.UP:
+            await self._drain()
+        now = time.perf_counter_ns()
+        if step is Step.MEASURE:
+            self.recorder.restart(now)
+        self._limits.begin(now)
 
     async def _flush(self) -> None:
         from pvfio.errors import PvfioError
@@ -441,8 +442,8 @@ class Engine:
         try:
             await self.queue.flush()
         except PvfioError as error:
-            self._line(f"flush failed: {error}")
-            self._fail(errno.EIO, f"flush: {error}")
+            self._outcome.line(f"flush failed: {error}")
+            self._outcome.fail(errno.EIO, f"flush: {error}")
             return
         self.stats.flushes.add(np.array([time.perf_counter_ns() - begin], dtype=np.int64))
 
@@ -453,20 +454,3 @@ class Engine:
 
 def _chosen(ios: Ios, which: NDArray[np.bool_]) -> Ios:
     return Ios(ios.direction[which], ios.offset[which], ios.length[which])
-
-
-def _usage() -> Usage:
-    found = resource.getrusage(resource.RUSAGE_SELF)
-    return Usage(
-        found.ru_utime, found.ru_stime, found.ru_nvcsw + found.ru_nivcsw, found.ru_majflt, found.ru_minflt
-    )
-
-
-def _difference(before: Usage, after: Usage) -> Usage:
-    return Usage(
-        after.user - before.user,
-        after.system - before.system,
-        after.switches - before.switches,
-        after.major - before.major,
-        after.minor - before.minor,
-    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from pvfio.workloads.fio.steady import Criterion
+
 if TYPE_CHECKING:
     from pvfio.workloads.fio.pattern import Pattern
 
@@ -84,7 +86,6 @@ class Job:
     batch_complete_min: int = 1
     batch_complete_max: int = 0
     iodepth_low: int = 0
-    hipri: bool = False
     numjobs: int = 1
     loops: int = 1
     runtime: int = 0
@@ -100,15 +101,23 @@ class Job:
     randseed: int = 0
     randrepeat: bool = True
     norandommap: bool = False
-    softrandommap: bool = False
-    random_generator: str = "tausworthe"
     distributions: tuple[Distribution, ...] = (Distribution(),) * 3
     percentage_random: Value3 = (100, 100, 100)
     rate: Value3 = (0, 0, 0)
     rate_iops: Value3 = (0, 0, 0)
     rate_min: Value3 = (0, 0, 0)
     rate_iops_min: Value3 = (0, 0, 0)
+    rate_cycle: int = 10**9
     rate_process: str = "linear"
+    max_latency: Value3 = (0, 0, 0)
+    latency_target: int = 0
+    latency_window: int = 0
+    latency_percentile: float = 100.0
+    latency_run: bool = False
+    steady: Criterion = field(default_factory=Criterion)
+    steady_duration: int = 0
+    steady_ramp: int = 0
+    steady_interval: int = 10**9
     thinktime: int = 0
     thinktime_blocks: int = 1
     verify: str = ""

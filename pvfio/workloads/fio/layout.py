@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pvfio.workloads.fio.engine import Place
 from pvfio.workloads.fio.job import Job
 from pvfio.workloads.fio.options import Notes
+from pvfio.workloads.fio.outcome import Place
 
 __all__ = ["Clone", "Layout", "clones", "space_needed"]
 

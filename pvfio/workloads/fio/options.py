@@ -34,10 +34,12 @@ from pvfio.workloads.fio.setters import (
     set_group,
     set_gtod_reduce,
     set_ioengine,
+    set_latency_percentile,
     set_pattern,
     set_percentiles,
     set_rw,
     set_rwmixwrite,
+    set_steady,
     set_unified,
     set_verify,
     three,
@@ -68,7 +70,6 @@ OPTIONS: Final[dict[str, Setter]] = {
     "iodepth_batch_complete_min": whole_number("batch_complete_min", 0, 1 << 16),
     "iodepth_batch_complete_max": whole_number("batch_complete_max", 0, 1 << 16),
     "iodepth_low": whole_number("iodepth_low", 0, 1 << 16),
-    "hipri": a_flag("hipri"),
     "numjobs": whole_number("numjobs", 1, 4096),
     "loops": whole_number("loops", 1, 1 << 31),
     "runtime": a_time("runtime"),
@@ -86,14 +87,22 @@ OPTIONS: Final[dict[str, Setter]] = {
     "randrepeat": a_flag("randrepeat"),
     "allrandrepeat": a_flag("randrepeat"),
     "norandommap": a_flag("norandommap"),
-    "softrandommap": a_flag("softrandommap"),
-    "random_generator": a_word("random_generator", "tausworthe", "tausworthe64", "lfsr"),
     "random_distribution": three("distributions", distribution),
     "percentage_random": three("percentage_random", percentage),
     "rate": three("rate", scalar),
     "rate_iops": three("rate_iops", scalar),
     "rate_min": three("rate_min", scalar),
     "rate_iops_min": three("rate_iops_min", scalar),
+    "rate_cycle": a_time("rate_cycle", "ms"),
+    "max_latency": three("max_latency", lambda word, draft: values.parse_time(word, unit="us")),
+    "latency_target": a_time("latency_target", "us"),
+    "latency_window": a_time("latency_window", "us"),
+    "latency_percentile": set_latency_percentile,
+    "latency_run": a_flag("latency_run"),
+    "steadystate": set_steady,
+    "steadystate_duration": a_time("steady_duration"),
+    "steadystate_ramp_time": a_time("steady_ramp"),
+    "steadystate_check_interval": a_time("steady_interval"),
     "rate_process": a_word("rate_process", "linear", "poisson"),
     "thinktime": a_time("thinktime", "us"),
     "thinktime_blocks": whole_number("thinktime_blocks", 1),
@@ -148,6 +157,10 @@ ALIASES: Final = {
     "header_interval": "verify_interval",
     "ratemin": "rate_min",
     "ratecycle": "rate_cycle",
+    "ss": "steadystate",
+    "ss_dur": "steadystate_duration",
+    "ss_ramp": "steadystate_ramp_time",
+    "ss_interval": "steadystate_check_interval",
     "disable_bw": "disable_bw_measurement",
 }
 
@@ -198,6 +211,9 @@ def _check(job: Job) -> None:
         raise ValueError("verify=pattern needs a verify_pattern")
     if job.verify_only and not job.verify:
         raise ValueError("verify_only needs verify")
+    _check_rates(job)
+    if job.steady_duration and (job.steady_interval <= 0 or job.steady_duration < 2 * job.steady_interval):
+        raise ValueError("steadystate_duration is at least two steadystate_check_interval")
     for direction in job.directions:
         if job.most_block(direction) > 1 << 26:
             raise ValueError(f"blocks of {job.most_block(direction)} bytes; 64 MiB is the most")
@@ -207,3 +223,15 @@ def _check(job: Job) -> None:
                 raise ValueError(f"blocks are not multiples of verify_interval={job.verify_interval}")
     if job.mode.trim_then_write and job.verify:
         raise ValueError("trimmed blocks are not verified")
+
+
+def _check_rates(job: Job) -> None:
+    if (any(job.rate) and any(job.rate_iops)) or (any(job.rate_min) and any(job.rate_iops_min)):
+        raise ValueError("rate and rate_iops are mutually exclusive")
+    for index in range(3):
+        for most, least in (
+            (job.rate[index], job.rate_min[index]),
+            (job.rate_iops[index], job.rate_iops_min[index]),
+        ):
+            if most and most < least:
+                raise ValueError("the minimum rate exceeds the rate")

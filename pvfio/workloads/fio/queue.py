@@ -41,12 +41,14 @@ class IoQueue(Protocol):
     def submit(self, ios: Ios, slots: NDArray[np.intp]) -> None:
         """Begins I/O; there is a free slot for each."""
 
-    def reap(self, least: int, wait_ns: int) -> Done:
-        """What is complete; blocks the thread for up to ``wait_ns`` while there are fewer than ``least``."""
+    def reap(self, least: int, wait_ns: int, most: int | None = None) -> Done:
+        """What is complete, at most ``most``; blocks the thread for up to ``wait_ns`` while there are fewer than
+        ``least``.
+        """
         ...
 
-    async def wait(self) -> Done:
-        """What is complete, at least one while any is in flight; without keeping the processor."""
+    async def wait(self, most: int | None = None) -> Done:
+        """What is complete, at least one while any is in flight, at most ``most``; without keeping the processor."""
         ...
 
     async def flush(self) -> None:
@@ -70,17 +72,18 @@ class NullQueue:
         """Remembers them."""
         self._pending.append(slots)
 
-    def reap(self, least: int, wait_ns: int) -> Done:
+    def reap(self, least: int, wait_ns: int, most: int | None = None) -> Done:
         """All of them."""
         if not self._pending:
             return _NONE, _GOOD[:0], 0
         slots = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
-        self._pending = []
+        self._pending = [slots[most:]] if most is not None and len(slots) > most else []
+        slots = slots[:most]
         return slots, _GOOD[: len(slots)], 0
 
-    async def wait(self) -> Done:
+    async def wait(self, most: int | None = None) -> Done:
         """All of them."""
-        return self.reap(1, 0)
+        return self.reap(1, 0, most)
 
     async def flush(self) -> None:
         """Nothing to do."""
@@ -149,21 +152,15 @@ class NvmeQueue:
         )
         self._slot[cids] = slots
 
-    def reap(self, least: int, wait_ns: int) -> Done:
+    def reap(self, least: int, wait_ns: int, most: int | None = None) -> Done:
         """See ``IoQueue``."""
-        done = self._pair.reap_nowait(least=least, wait_ns=wait_ns)
+        done = self._pair.reap_nowait(most, least=least, wait_ns=wait_ns)
         return self._slot[done.cids], done.status, done.failed
 
-    async def wait(self) -> Done:
+    async def wait(self, most: int | None = None) -> Done:
         """See ``IoQueue``; a command that takes too long is aborted, and comes with that status."""
-        done = await self._pair.reap(deadline=self._timeout)
-        slots, status, failed = [self._slot[done.cids]], [done.status], done.failed
-        # All there is: identifiers the driver saw complete are given out again by the next submission.
-        while len(done := self._pair.reap_nowait()):
-            slots.append(self._slot[done.cids])
-            status.append(done.status)
-            failed += done.failed
-        return np.concatenate(slots), np.concatenate(status), failed
+        done = await self._pair.reap(most, deadline=self._timeout)
+        return self._slot[done.cids], done.status, done.failed
 
     async def flush(self) -> None:
         """One Flush command."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pvfio.workloads.fio.histogram import percentiles
 from pvfio.workloads.fio.job import DIRECTIONS, READ, TRIM, WRITE, Job
 from pvfio.workloads.fio.stats import DirectionStats, JobStats, Latency, Samples
+from pvfio.workloads.fio.steady import Steady
 from pvfio.workloads.fio.units import bytes_text, number_text, rate_text
 
 __all__ = ["VERSION", "Result", "header_lines", "job_lines", "run_status"]
@@ -185,9 +186,24 @@ def _tail_lines(job: Job, stats: JobStats) -> Iterator[str]:
     yield _depth_line("     complete  ", _BATCH_NAMES, stats.completes)
     issued = ",".join(str(direction.ios) for direction in stats.directions)
     yield f"     issued rwts: total={issued},{stats.flushes.count} short=0,0,0,0 dropped=0,0,0,0"
-    yield f"     latency   : target=0, window=0, percentile=100.00%, depth={job.iodepth}"
+    yield (
+        f"     latency   : target={job.latency_target}, window={job.latency_window // 1000}, "
+        f"percentile={job.latency_percentile:3.2f}%, depth={stats.latency_depth or job.iodepth}"
+    )
+    if stats.steady is not None:
+        yield _steady_line(stats.steady)
     if stats.verified:
         yield f"     verify    : {job.verify}: {stats.verified} blocks, {stats.failed} failed"
+
+
+def _steady_line(steady: Steady) -> str:
+    bw, criterion = steady.mean("bw"), steady.criterion
+    latency = f", lat={number_text(steady.mean('lat'), unit='nsec')}" if criterion.kind == "lat" else ""
+    return (
+        f"  steadystate  : attained={'yes' if steady.attained else 'no'}, "
+        f"bw={rate_text(bw)} ({rate_text(bw, binary=False)}), iops={number_text(steady.mean('iops'))}{latency}, "
+        f"{criterion.kind}{' slope' if criterion.slope else ' mean dev'}={steady.value:.3f}{criterion.unit}"
+    )
 
 
 def run_status(results: Sequence[Result]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """fio's report for programs: ``--output-format=json`` with fio's keys, in fio's order.
 
 ``json+`` adds the histogram's buckets to each latency. ``verify`` in a job (blocks verified and failed, and lines about
-those that failed) is pvfio's own. Not modelled: disk utilisation, steady state, client and server.
+those that failed) is pvfio's own. Not modelled: disk utilisation, client and server.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pvfio.workloads.fio.histogram import middle_of, percentiles
 from pvfio.workloads.fio.job import DIRECTIONS, Job
 from pvfio.workloads.fio.report import VERSION, Result
 from pvfio.workloads.fio.stats import DirectionStats, JobStats, Latency, Samples
+from pvfio.workloads.fio.steady import Steady
 
 __all__ = ["document"]
 
@@ -74,6 +75,24 @@ def _direction(stats: DirectionStats, job: Job, bins: bool) -> dict[str, Any]:
     }
 
 
+def _steady(steady: Steady) -> dict[str, Any]:
+    criterion = steady.criterion
+    return {
+        "ss": f"{criterion.name}:{criterion.limit:f}{criterion.unit}",
+        "duration": steady.duration,
+        "attained": int(steady.attained),
+        "criterion": f"{steady.value:f}{criterion.unit}",
+        "max_deviation": steady.deviation,
+        "slope": steady.slope,
+        "data": {
+            "bw_mean": int(steady.mean("bw")),
+            "iops_mean": int(steady.mean("iops")),
+            "iops": list(steady.samples["iops"]),
+            "bw": list(steady.samples["bw"]),
+        },
+    }
+
+
 def _shares(names: Sequence[str], counts: NDArray[np.int64], total: int, least: float) -> dict[str, float]:
     values = counts.tolist()
     return {
@@ -120,11 +139,13 @@ def _rest(job: Job, stats: JobStats) -> dict[str, Any]:
         "latency_ns": _shares(_NAMES, stats.coarse[:10], total, 0.01),
         "latency_us": _shares(_NAMES, stats.coarse[10:20], total, 0.01),
         "latency_ms": _shares((*_NAMES, "2000", ">=2000"), stats.coarse[20:], total, 0.01),
-        "latency_depth": job.iodepth,
-        "latency_target": 0,
-        "latency_percentile": 100.0,
-        "latency_window": 0,
+        "latency_depth": stats.latency_depth or job.iodepth,
+        "latency_target": job.latency_target,
+        "latency_percentile": job.latency_percentile,
+        "latency_window": job.latency_window // 1000,
     }
+    if stats.steady is not None:
+        found["steadystate"] = _steady(stats.steady)
     if stats.verified:
         found["verify"] = {"blocks": stats.verified, "failed": stats.failed, "failures": stats.failures}
     if stats.error:

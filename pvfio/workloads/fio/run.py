@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 
 import trio
 
-from pvfio.workloads.fio.engine import Engine, Place
+from pvfio.workloads.fio.engine import Engine
 from pvfio.workloads.fio.job import Job
 from pvfio.workloads.fio.layout import Clone
+from pvfio.workloads.fio.outcome import Place
 from pvfio.workloads.fio.queue import IoQueue
 from pvfio.workloads.fio.stats import DirectionStats, JobStats
+from pvfio.workloads.fio.steady import Steady
+from pvfio.workloads.fio.values import SECOND
+from pvfio.workloads.fio.watch import watch_rate, watch_steady
 
 __all__ = ["Finished", "Run", "joined"]
 
@@ -28,6 +32,25 @@ class Finished:
     clone: Clone
     stats: JobStats
     engine: Engine
+
+
+@dataclass
+class _Together:
+    """Jobs whose state is steady or not together: those of a group that is reported as one, else each for itself."""
+
+    job: Job
+    engines: list[Engine] = field(default_factory=list)
+    steady: Steady | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        job = self.job
+        window = job.steady_duration // job.steady_interval
+        seconds = job.steady_duration // SECOND
+        self.steady = Steady(job.steady, window, seconds) if job.steady_duration else None
+
+
+def _reported(clone: Clone) -> tuple[bool, int]:
+    return clone.job.group_reporting, clone.group if clone.job.group_reporting else clone.thread
 
 
 @dataclass
@@ -55,11 +78,20 @@ class Run:
         return self.finished
 
     async def _wave(self, members: Sequence[Clone]) -> None:
-        async with trio.open_nursery() as nursery:
-            for number, clone in enumerate(members):
-                nursery.start_soon(self._one, clone, number, len(members) == 1)
+        async with trio.open_nursery() as watches:
+            steady: dict[tuple[bool, int], _Together] = {}
+            async with trio.open_nursery() as nursery:
+                for number, clone in enumerate(members):
+                    together = steady.setdefault(_reported(clone), _Together(clone.job))
+                    nursery.start_soon(self._one, clone, number, len(members) == 1, watches, together)
+                for found in steady.values():
+                    if found.steady is not None:
+                        watches.start_soon(watch_steady, found.engines, found.job, found.steady)
+            watches.cancel_scope.cancel()
 
-    async def _one(self, clone: Clone, number: int, alone: bool) -> None:
+    async def _one(
+        self, clone: Clone, number: int, alone: bool, watches: trio.Nursery, together: _Together
+    ) -> None:
         async with self.make_queue(clone, number) as (queue, place):
             stats = JobStats(clone.job.name, clone.group)
             engine = Engine(
@@ -74,7 +106,10 @@ class Run:
             )
             if clone.job.startdelay:
                 await trio.sleep(clone.job.startdelay / 1e9)
+            stats.steady = together.steady
             self.engines.append(engine)
+            together.engines.append(engine)
+            watches.start_soon(watch_rate, engine, lambda: engine in self.engines)
             try:
                 await engine.run()
             finally:

@@ -15,6 +15,7 @@ from pvfio.workloads.fio import values
 from pvfio.workloads.fio.job import Distribution, Job, Mode
 from pvfio.workloads.fio.jobfile import Section
 from pvfio.workloads.fio.pattern import parse_pattern
+from pvfio.workloads.fio.steady import KINDS, Criterion
 
 __all__ = [
     "Draft",
@@ -35,10 +36,12 @@ __all__ = [
     "set_group",
     "set_gtod_reduce",
     "set_ioengine",
+    "set_latency_percentile",
     "set_pattern",
     "set_percentiles",
     "set_rw",
     "set_rwmixwrite",
+    "set_steady",
     "set_unified",
     "set_verify",
     "three",
@@ -264,6 +267,32 @@ def set_percentiles(draft: Draft, text: str) -> None:
         raise ValueError("at most 20 percentiles, above 0 and at most 100")
     draft.fields["percentiles"] = tuple(found)
     draft.fields["precision"] = max(len(word.partition(".")[2].strip()) for word in words)
+
+
+def set_latency_percentile(draft: Draft, text: str) -> None:
+    """``latency_percentile=``."""
+    share = values.parse_percent(text)
+    draft.fields["latency_percentile"] = share = values.evaluate(text) if share is None else share
+    if not 0 <= share <= 100:
+        raise ValueError(f"{text!r} is not a percentage")
+
+
+def set_steady(draft: Draft, text: str) -> None:
+    """``steadystate=iops_slope:0.1%``."""
+    name, colon, limit = text.partition(":")
+    kind = name.removesuffix("_slope")
+    if kind not in KINDS or not colon:
+        raise ValueError(
+            f"{text!r} is not one of {', '.join(KINDS)}, with _slope or not, and a limit (iops_slope:0.1%)"
+        )
+    share = values.parse_percent(limit)
+    if share is not None:
+        number = share
+    elif kind == "lat":
+        number = values.parse_time(limit, unit="us")
+    else:
+        number = values.parse_size(limit, kb_base=draft.kb_base) if kind == "bw" else values.evaluate(limit)
+    draft.fields["steady"] = Criterion(kind, kind != name, share is not None, number)
 
 
 def set_pattern(name: str) -> Setter:

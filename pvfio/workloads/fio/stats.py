@@ -8,6 +8,7 @@ while the job ran. Not here: the reports (report.py, report_json.py).
 from __future__ import annotations
 
 import math
+import resource
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pvfio.workloads.fio.histogram import BUCKETS, bucket_of
 from pvfio.workloads.fio.job import DIRECTIONS
+from pvfio.workloads.fio.steady import Steady
 
 __all__ = ["LATENCY_EDGES", "DirectionStats", "JobStats", "Latency", "Samples", "Usage"]
 
@@ -164,6 +166,23 @@ class Usage:
     major: int = 0
     minor: int = 0
 
+    @classmethod
+    def now(cls) -> Usage:
+        """All of the process so far."""
+        found = resource.getrusage(resource.RUSAGE_SELF)
+        switches = found.ru_nvcsw + found.ru_nivcsw
+        return cls(found.ru_utime, found.ru_stime, switches, found.ru_majflt, found.ru_minflt)
+
+    def since(self, before: Usage) -> Usage:
+        """What came after that."""
+        return Usage(
+            self.user - before.user,
+            self.system - before.system,
+            self.switches - before.switches,
+            self.major - before.major,
+            self.minor - before.minor,
+        )
+
     def merge(self, other: Usage) -> None:
         """The same process ran both: the larger of each."""
         for name in ("user", "system", "switches", "major", "minor"):
@@ -173,7 +192,8 @@ class Usage:
 @dataclass
 class JobStats:
     """Everything of one job, or of a group of jobs. ``runtime`` in nanoseconds; ``error`` an errno, ``reason`` what it
-    was about; ``failures`` lines about blocks that did not verify or commands that failed, ``lost`` those not kept.
+    was about; ``failures`` lines about blocks that did not verify or commands that failed; ``latency_depth`` the depth
+    that ``latency_target`` came to; ``steady`` what became of ``steadystate``.
     """
 
     name: str = ""
@@ -197,6 +217,8 @@ class JobStats:
     failures: list[str] = field(default_factory=list)
     failed: int = 0
     verified: int = 0
+    latency_depth: int = 0
+    steady: Steady | None = None
 
     def merge(self, other: JobStats) -> None:
         """Takes in another job of the group."""
@@ -213,6 +235,8 @@ class JobStats:
         self.failures += other.failures
         self.failed += other.failed
         self.verified += other.verified
+        self.latency_depth = self.latency_depth or other.latency_depth
+        self.steady = self.steady or other.steady
         if not self.error:
             self.error, self.reason = other.error, other.reason
 

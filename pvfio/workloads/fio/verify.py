@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pvfio.workloads.fio.checksums import CHECKSUMS, crc32c_of, fill_random
 from pvfio.workloads.fio.job import Job
+from pvfio.workloads.fio.overlap import units_of
 from pvfio.workloads.fio.plan import Ios
 
 __all__ = ["HEADER", "Failure", "Verifier", "Written"]
@@ -236,40 +237,14 @@ class Written:
         self._parts: list[Ios] = []
         self.count = 0
 
-    def _units(self, ios: Ios) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
-        """Every unit the I/Os touch, and whose it is."""
-        first = (ios.offset // np.uint64(self._unit)).astype(np.int64)
-        counts = (-(-ios.length.astype(np.int64) // self._unit)).astype(np.int64)
-        owner = np.repeat(np.arange(len(ios)), counts)
-        inside = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return first[owner] + inside, owner
-
     def add(self, ios: Ios) -> NDArray[np.int64]:
         """Remembers writes, which must not overlap each other; their numbers."""
         numbers = np.arange(self.count, self.count + len(ios))
-        units, owner = self._units(ios)
+        units, owner = units_of(ios, self._unit)
         self._last[units] = numbers[owner]
         self._parts.append(ios)
         self.count += len(ios)
         return numbers
-
-    def independent(self, ios: Ios, busy: NDArray[np.bool_]) -> int:
-        """How many of the first I/Os overlap neither each other nor units that are ``busy``."""
-        units, owner = self._units(ios)
-        taken = busy[units]
-        _, first = np.unique(units, return_index=True)
-        again = np.ones(len(units), dtype=bool)
-        again[first] = False
-        bad = np.flatnonzero(taken | again)
-        return int(owner[bad].min()) if len(bad) else len(ios)
-
-    def new_map(self) -> NDArray[np.bool_]:
-        """One flag a unit, clear."""
-        return np.zeros(len(self._last), dtype=bool)
-
-    def mark(self, busy: NDArray[np.bool_], ios: Ios, value: bool) -> None:
-        """Sets the flags of the I/Os' units."""
-        busy[self._units(ios)[0]] = value
 
     def remaining(self, *, ordered: bool) -> tuple[Ios, NDArray[np.int64]]:
         """The writes nothing of which was written again, and their numbers; by offset, or in the order written."""
@@ -277,7 +252,7 @@ class Written:
             nothing = np.zeros(0, dtype=np.uint64)
             return Ios(np.zeros(0, dtype=np.uint8), nothing, nothing), np.zeros(0, dtype=np.int64)
         whole = Ios(*(np.concatenate([getattr(p, name) for p in self._parts]) for name in Ios.__slots__))
-        units, owner = self._units(whole)
+        units, owner = units_of(whole, self._unit)
         over = np.zeros(len(whole), dtype=bool)
         over[owner[self._last[units] != owner]] = True
         numbers = np.flatnonzero(~over)

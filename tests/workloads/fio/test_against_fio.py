@@ -41,6 +41,18 @@ rw=randread
 bssplit=4k/50:8k/50
 norandommap
 loops=2
+[steady]
+stonewall
+rw=randread
+rate_iops=1000
+latency_target=1s
+latency_percentile=99.5
+latency_window=100ms
+latency_run=1
+steadystate=iops:50%
+steadystate_duration=2
+time_based
+runtime=5
 """
 OURS = {"verify", "reason"}
 
@@ -87,6 +99,16 @@ def test_json_has_the_same_keys_and_counts(tmp_path: Path, capfd: Any) -> None:
             assert list(mine[direction]) == list(its[direction])
             if mine["jobname"] == "writers":
                 assert mine[direction]["total_ios"] == its[direction]["total_ios"]
+        if mine["jobname"] == "steady":
+            assert shape(mine["steadystate"]) == shape(its["steadystate"])
+            assert mine["steadystate"]["attained"] == its["steadystate"]["attained"] == 1
+            found = [
+                name for name in mine if name.startswith("latency_") and name[-2:] not in ("ns", "us", "ms")
+            ]
+            assert [mine[name] for name in found if name != "latency_depth"] == [
+                its[name] for name in found if name != "latency_depth"
+            ]
+            continue
         total = {d: (mine[d]["io_bytes"], its[d]["io_bytes"]) for d in ("read", "write")}
         assert abs(sum(m - t for m, t in total.values())) < 16384
     assert shape(ours["jobs"][1]["write"]["lat_ns"]) == shape(theirs["jobs"][1]["write"]["lat_ns"])
@@ -144,6 +166,15 @@ PARSED = [
     ("write_bw_log=x", True),
     ("gtod_reduce=1", True),
     ("unified_rw_reporting=1", True),
+    ("rate_min=1m", True),
+    ("rate_cycle=500", True),
+    ("max_latency=10ms", True),
+    ("latency_target=10ms\nlatency_window=1s\nlatency_percentile=99.9", True),
+    ("latency_percentile=101", False),
+    ("steadystate=iops_slope:0.3%\nsteadystate_duration=10", True),
+    ("ss=bw:10m\nss_dur=10\nss_ramp=5", True),
+    ("steadystate=iops", False),
+    ("steadystate=speed:1%", False),
 ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from pvfio.workloads.fio import Job, JobFileError, Notes, build, parse_job_files, parse_job_text
 from pvfio.workloads.fio.options import ALIASES, IGNORED, OPTIONS
+from pvfio.workloads.fio.steady import Criterion
 from pvfio.workloads.fio.values import parse_bssplit, parse_size, parse_time
 
 
@@ -116,6 +117,17 @@ VALUES: list[tuple[str, str, Any]] = [
     ("iodepth_batch_submit=4", "batch_submit", 4),
     ("iodepth_batch_complete=2", "batch_complete_min", 2),
     ("iodepth_batch_complete_max=9", "batch_complete_max", 9),
+    ("rate_min=1m,2m", "rate_min", (1 << 20, 2 << 20, 2 << 20)),
+    ("ratecycle=500", "rate_cycle", 500 * 10**6),
+    ("max_latency=10ms", "max_latency", (10**7,) * 3),
+    ("latency_target=100", "latency_target", 100_000),
+    ("latency_window=10ms", "latency_window", 10**7),
+    ("latency_percentile=99.9", "latency_percentile", 99.9),
+    ("latency_run", "latency_run", True),
+    ("steadystate=bw_slope:0.1%", "steady", Criterion("bw", True, True, 0.1)),
+    ("ss=iops:20", "steady", Criterion("iops", False, False, 20)),
+    ("ss=bw:2m", "steady", Criterion("bw", False, False, 2 << 20)),
+    ("ss_dur=5", "steady_duration", 5 * 10**9),
     ("verify=crc32c-intel", "verify", "crc32c"),
     ("gtod_reduce=1", "disable_clat", True),
     ("percentage_random=20", "percentage_random", (20, 20, 20)),
@@ -173,6 +185,15 @@ WRONG = [
     ("size=99999999999999g", "64 bits"),
     ("size=(__import__('os'))", "size"),
     ("bs=128m", "64 MiB"),
+    ("latency_percentile=101", "101"),
+    ("latency_target=never", "never"),
+    ("steadystate=iops", "limit"),
+    ("steadystate=speed:1%", "speed"),
+    ("steadystate=iops:odd", "odd"),
+    ("ss_dur=1", "two"),
+    ("rate=1k\nrate_min=2k", "exceeds"),
+    ("rate_iops=1\nrate=1", "exclusive"),
+    ("rate_min=1\nrate_iops_min=1", "exclusive"),
 ]
 
 
@@ -191,10 +212,14 @@ def test_lines_that_are_nowhere(text: str) -> None:
 
 
 def test_unknown_keys_warn_and_meaningless_ones_are_noted() -> None:
-    _, notes = jobs("[a]\niodeph=4\ndirect=1\nioengine=libaio\n")
+    _, notes = jobs(
+        "[a]\niodeph=4\ndirect=1\nioengine=libaio\nhipri\nrandom_generator=lfsr\nsoftrandommap=1\n"
+    )
     assert notes[0] == "warning: unknown option iodeph=4 (did you mean iodepth?)"
     assert "direct=1 makes no difference here" in notes[1]
     assert "pvfio's NVMe driver" in notes[2]
+    assert all("makes no difference here" in note for note in notes[3:])
+    assert [note.split("=")[0] for note in notes[3:]] == ["hipri", "random_generator", "softrandommap"]
 
 
 def test_every_alias_is_of_something() -> None:

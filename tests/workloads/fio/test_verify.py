@@ -88,6 +88,7 @@ JOBS = [
     "rw=randwrite\nnumjobs=3\nbs=4k",
     "rw=randwrite:4\nbs=4k\nfsync=16",
     "rw=randwrite\nbs=4k\nsize=16m\nloops=3",
+    "rw=randwrite\nbs=8k\nblockalign=4k\nnorandommap\nsize=256k\nio_size=2m",
 ]
 
 
@@ -144,5 +145,3 @@ def test_what_was_written_last_counts() -> None:
     written.add(part)
     ios, numbers = written.remaining(ordered=True)
     assert (ios.offset.tolist(), numbers.tolist()) == ([4096], [1])
-    twice = Ios(np.ones(2, np.uint8), np.array([0, 0], np.uint64), np.array([4096, 4096], np.uint64))
-    assert written.independent(twice, written.new_map()) == 1
