@@ -1,7 +1,8 @@
 """``pvfio fio``: job files on a machine of their own, and fio's reports.
 
 The machine has one NVMe controller with a namespace in memory, as large as the jobs' files need, or with an image file.
-Exit statuses are the command line's, and 1 where a job ended with an error. Not here: fio's ``--client``, ``--server``,
+Exit statuses are the command line's, 1 where a job ended with an error, and 128, as fio's, where the first interrupt
+ended the jobs. Not here: fio's ``--client``, ``--server``,
 ``--latency-log``, ``terse``.
 """
 
@@ -39,6 +40,7 @@ _MOST_NAMESPACE: Final = 1 << 40
 _MOST_QUEUES: Final = 64
 _DEEPEST: Final = 1023
 _BLOCK: Final = 2 << 20
+_INTERRUPTED: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +232,10 @@ async def _main(options: FioOptions) -> int:
             work = Run(
                 found, queue_maker(nvme, layout), failed=lambda line: print(f"fio: {line}", file=sys.stderr)
             )
-            await _run(options, jobs, work)
+            interrupted = await _run(options, jobs, work)
     except (ValueError, MemoryError) as error:
         raise UsageError(str(error) or "the buffers do not fit into guest memory") from None
-    return _report(options, work)
+    return _report(options, work) or (_INTERRUPTED if interrupted else 0)
 
 
 def _inject(machine: Machine, faults: Sequence[str]) -> None:
@@ -259,28 +261,41 @@ def _say(notes: Notes, since: int = 0) -> None:
         print(f"fio: {line}", file=sys.stderr)
 
 
-async def _run(options: FioOptions, jobs: Sequence[Job], work: Run) -> None:
+async def _run(options: FioOptions, jobs: Sequence[Job], work: Run) -> bool:
+    """Whether it was interrupted."""
     from pvfio.cli_fio_status import status_line
-    from pvfio.workloads.fio.report import VERSION, header_lines
 
-    if "normal" in options.formats and options.output is None:
-        for index, job in enumerate(jobs):
-            group = next(c.group for c in work.clones if c.job is jobs[index])
-            print("\n".join(header_lines(job, group)))
-        count = len(work.clones)
-        print(f"{VERSION}\nStarting {count} process{'es' if count > 1 else ''}", flush=True)
+    interrupted = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(status_line, work)
-        nursery.start_soon(_interrupted, work)
+        await nursery.start(_wait_for_interrupt, work, interrupted)
+        if "normal" in options.formats and options.output is None:
+            _announce(jobs, work)
         await work.run()
         nursery.cancel_scope.cancel()
+    return interrupted.is_set()
 
 
-async def _interrupted(work: Run) -> None:
+def _announce(jobs: Sequence[Job], work: Run) -> None:
+    """What fio says before the jobs begin."""
+    from pvfio.workloads.fio.report import VERSION, header_lines
+
+    for index, job in enumerate(jobs):
+        group = next(c.group for c in work.clones if c.job is jobs[index])
+        print("\n".join(header_lines(job, group)))
+    count = len(work.clones)
+    print(f"{VERSION}\nStarting {count} process{'es' if count > 1 else ''}", flush=True)
+
+
+async def _wait_for_interrupt(
+    work: Run, interrupted: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """The first interrupt ends the jobs in order, with their reports, as fio does; the next one at once."""
     with trio.open_signal_receiver(signal.SIGINT) as signals:
+        task_status.started()
         async for _ in signals:
             print("\nfio: terminating on signal 2", file=sys.stderr)
+            interrupted.set()
             work.stop()
             break
 

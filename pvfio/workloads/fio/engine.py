@@ -99,6 +99,7 @@ class Engine:
         self._turn_ns = _TURN_NS if alone else _TURN_NS // 4
         self._limits = LatencyLimits(job)
         self._stopped = False
+        self._stopping = trio.Event()
         self._filling = True
         self._verifier: Verifier | None = None
         if job.verify:
@@ -118,6 +119,7 @@ class Engine:
     def stop(self) -> None:
         """No more I/O is issued; what is in flight is waited for."""
         self._stopped = True
+        self._stopping.set()
 
     @property
     def inflight(self) -> int:
@@ -261,7 +263,8 @@ class Engine:
         if more and self._pace.active and not self.inflight:
             due = self._pace.next_time(now)
             if due > now + 50_000:
-                await trio.sleep((due - now - 20_000) / 1e9)
+                with trio.move_on_after((due - now - 20_000) / 1e9):
+                    await self._stopping.wait()
                 return
         await trio.lowlevel.checkpoint()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class Run:
     finished: list[Finished] = field(default_factory=list)
     began: float = 0.0
     elapsed: float = 0.0
+    _over: dict[int, trio.Event] = field(default_factory=lambda: defaultdict(trio.Event))  # by group
 
     async def run(self) -> list[Finished]:
         """Every wave after the other. Cancelled: nothing is in flight afterwards."""
@@ -71,7 +73,8 @@ class Run:
         begin = time.perf_counter()
         try:
             for wave in sorted({clone.wave for clone in self.clones}):
-                await self._wave([clone for clone in self.clones if clone.wave == wave])
+                members = [clone for clone in self.clones if clone.wave == wave]
+                await self._wave([clone for clone in members if not self._over[clone.group].is_set()])
         finally:
             self.elapsed = time.perf_counter() - begin
             self.finished.sort(key=lambda item: item.clone.thread)
@@ -105,8 +108,12 @@ class Run:
                 failed=self.failed,
             )
             if clone.job.startdelay:
-                await trio.sleep(clone.job.startdelay / 1e9)
+                with trio.move_on_after(clone.job.startdelay / 1e9):
+                    await self._over[clone.group].wait()
+                    return
             stats.steady = together.steady
+            if self._over[clone.group].is_set():
+                engine.stop()
             self.engines.append(engine)
             together.engines.append(engine)
             watches.start_soon(watch_rate, engine, lambda: engine in self.engines)
@@ -117,12 +124,16 @@ class Run:
                 self.engines.remove(engine)
                 self.finished.append(Finished(clone, stats, engine))
         if clone.job.exitall:
-            self.stop()
+            self.stop(clone.group)
 
-    def stop(self) -> None:
-        """Ends the jobs at work in order."""
+    def stop(self, group: int | None = None) -> None:
+        """Ends jobs in order, or does not begin them: those of a group, or all."""
+        for clone in self.clones:
+            if group in (None, clone.group):
+                self._over[clone.group].set()
         for engine in self.engines:
-            engine.stop()
+            if group in (None, engine.stats.group):
+                engine.stop()
 
 
 def joined(finished: Sequence[Finished]) -> list[tuple[Job, JobStats]]:

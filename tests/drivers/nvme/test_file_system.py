@@ -1,12 +1,7 @@
-"""A real file system on an image: read whole through the driver, and written through it.
-
-Skipped where there is no ``mkfs.ext4`` (Debian: e2fsprogs).
-"""
+"""A real file system on an image: read whole through the driver, and written through it."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,15 +15,11 @@ from pvfio.abi import lib
 from pvfio.devices.nvme import NamespaceSpec
 from pvfio.drivers.nvme import NvmeDriver
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
+from tests.file_system import FSCK, SIZE, make_image, needs_ext4
 
 pytestmark = pytest.mark.touches_c
 
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-MKFS, FSCK = shutil.which("mkfs.ext4", path=PATH), shutil.which("e2fsck", path=PATH)
-needs_ext4 = pytest.mark.skipif(MKFS is None or FSCK is None, reason="no e2fsprogs")
-SIZE = 48 << 20
 CHUNK = 1 << 20
-FILES = 40
 
 
 @asynccontextmanager
@@ -43,18 +34,7 @@ async def opened(image: Path, engine: Any, **options: Any) -> AsyncIterator[Nvme
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A file system with some files in it; much of the image is holes."""
-    tree, made = tmp_path / "tree", tmp_path / "ext4.img"
-    noise = np.random.default_rng(4)
-    for number in range(FILES):
-        directory = tree / f"directory{number % 7}"
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"file{number}").write_bytes(noise.bytes(int(noise.integers(1, 100_000))))
-    with made.open("wb") as file:
-        file.truncate(SIZE)
-    command = [str(MKFS), "-q", "-F", "-d", str(tree), str(made)]
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=60)
-    return made
+    return make_image(tmp_path)
 
 
 def bytes_of(path: Path) -> bytes:

@@ -46,7 +46,7 @@ async def run_null(text: str, said: Callable[[str], None] = lambda line: None) -
             self.clone = clone
 
         async def __aenter__(self) -> Any:
-            return NullQueue(self.clone.job.iodepth, 4096), Place("f", 0, 1 << 30)
+            return NullQueue(self.clone.job.iodepth, 4096), Place("f", 0, 1 << 20)
 
         async def __aexit__(self, *_: object) -> None:
             pass
@@ -340,3 +340,16 @@ async def test_a_restless_job_goes_on() -> None:
     assert item.stats.steady is not None
     assert not item.stats.steady.attained
     assert item.stats.runtime >= 0.7 * SECOND
+
+
+async def test_exitall_ends_the_group() -> None:
+    """Those of it that wait for their delay are not begun; another group goes on."""
+    long = "rw=randread\nsize=1m\ntime_based\nruntime=30\n"
+    items = await run_null(
+        f"[short]\nexitall\nrw=read\nsize=1m\n[a]\n{long}[never]\nstartdelay=30\n{long}"
+        "[other]\nnew_group\nrw=randread\nsize=1m\ntime_based\nruntime=500ms\n"
+    )
+    assert {item.stats.name for item in items} == {"short", "a", "other"}
+    runtimes = {item.stats.name: item.stats.runtime for item in items}
+    assert runtimes["other"] >= SECOND // 2
+    assert runtimes["a"] < 20 * SECOND
