@@ -49,12 +49,15 @@ _IO: Final[dict[int, int]] = {
 
 
 def command_effects(admin: Iterable[int]) -> bytes:
-    """The log for these admin opcodes and the NVM command set."""
+    """The log for these admin opcodes and the NVM command set.
+
+    I/O commands report no scope, which a controller need not: Linux calls any bit but the two lowest unusual there.
+    """
     page = ffi.new("struct nvme_effects_log *")
     for opcode in admin:
         page.acs[opcode] = _CSUPP | _ADMIN.get(opcode, SCOPE_CONTROLLER)
     for opcode, effects in _IO.items():
-        page.iocs[opcode] = _CSUPP | SCOPE_NAMESPACE | effects
+        page.iocs[opcode] = _CSUPP | effects
     return bytes(ffi.buffer(page))
 
 

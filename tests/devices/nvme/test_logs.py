@@ -67,6 +67,9 @@ async def test_command_effects() -> None:
         assert {opcode for opcode in range(256) if log.acs[opcode] & 1} == ADMIN
         assert {opcode for opcode in range(256) if log.iocs[opcode] & 1} == IO
         assert log.iocs[lib.NVME_CMD_WRITE] & lib.NVME_CMD_EFFECTS_LBCC
+        # Whatever else is set in an I/O command's word, Linux warns about.
+        usual = lib.NVME_CMD_EFFECTS_CSUPP | lib.NVME_CMD_EFFECTS_LBCC
+        assert not any(word & ~usual for word in log.iocs)
         assert not log.iocs[lib.NVME_CMD_READ] & lib.NVME_CMD_EFFECTS_LBCC
         done = await rig.admin(lib.NVME_ADMIN_GET_LOG_PAGE, cdw10=5, cdw14=lib.NVME_CSI_ZNS << 24)
         assert done.code == INVALID

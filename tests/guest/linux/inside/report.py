@@ -1,7 +1,7 @@
 """What every program in the guest uses: it runs commands, and reports facts to whoever booted the guest.
 
 Runs on the guest's own Python, with nothing but the standard library. A program's facts are in ``/share/report.json``
-when it ends, whichever way.
+when it ends, whichever way. A program that has the guest reboot is started again in the next boot, with the same words.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SHARE", "Report", "attempt", "run", "tool_json", "wait_for"]
+__all__ = ["SHARE", "Report", "attempt", "boots", "reboot", "run", "tool_json", "wait_for"]
 
 SHARE = Path("/share")
+_REPORT = SHARE / "report.json"
 
 
 class Report:
-    """Facts by name; ``with Report() as facts: facts["name"] = value``."""
+    """Facts by name, those of the boot before in ``before``; ``with Report() as facts: facts["name"] = value``."""
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
+        if _REPORT.exists():
+            self.facts["before"] = json.loads(_REPORT.read_text())
         self._start = time.monotonic()
 
     def __enter__(self) -> dict[str, Any]:
@@ -36,7 +39,7 @@ class Report:
         warnings = run("dmesg", "--level=emerg,alert,crit,err,warn").splitlines()
         self.facts["warnings"] = [re.sub(r"^\[ *[0-9.]+\] ", "", line) for line in warnings]
         self.facts["seconds"] = round(time.monotonic() - self._start, 1)
-        (SHARE / "report.json").write_text(json.dumps(self.facts, indent=1))
+        _REPORT.write_text(json.dumps(self.facts, indent=1))
 
 
 def run(*command: str, seconds: float = 120, stdin: bytes | None = None) -> str:
@@ -73,3 +76,19 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> N
             print(run("dmesg")[-3000:], file=sys.stderr)
             raise RuntimeError(f"after {seconds} s: no {what}")
         time.sleep(0.1)
+
+
+def boots(words: list[str]) -> list[str]:
+    """The words for this boot: those up to ``reboot``, or what follows it in the boot after."""
+    if "reboot" not in words:
+        return words
+    at = words.index("reboot")
+    return words[at + 1 :] if _REPORT.exists() else words[: at + 1]
+
+
+def reboot() -> None:
+    """As a user's last word. Does not return."""
+    run("busybox", "sync")
+    run("busybox", "reboot", "-f")
+    time.sleep(60)
+    raise RuntimeError("the guest goes on after a reboot")
