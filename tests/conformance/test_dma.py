@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.touches_c, pytest.mark.every_shape]
 PAGE = 4096
 BASE = 0x40_0000
 SRC, DST, COUNT, CMD, STATUS, FAULT = 0x08, 0x10, 0x18, 0x1C, 0x20, 0x28
-DONE, ABORTED = 1, 2
+DONE, ABORTED, BUSY = 1, 2, 5
 
 
 async def _dma(device: Any, command: int, src: int, dst: int, count: int) -> int:
@@ -26,7 +26,9 @@ async def _dma(device: Any, command: int, src: int, dst: int, count: int) -> int
     await registers.write(DST, dst, 8)
     await registers.write(COUNT, count)
     await registers.write(CMD, command)
-    return int(await registers.read(STATUS))
+    while (status := int(await registers.read(STATUS))) == BUSY:  # where its DMA may wait for somebody
+        pass
+    return status
 
 
 MAP_ERRORS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -61,14 +62,23 @@ async def test_admin_commands_that_change_queues_wait_elsewhere() -> None:
     held = Held(IOVA + 0x200000, PAGE, lambda: rigs[0].device.bus)  # type: ignore[arg-type, return-value]
     async with running(namespaces=NAMESPACES, engine="thread", far=held) as rig:
         rigs.append(rig)
-        waits = rig.submit(lib.NVME_CMD_READ, ring=rig.io_ring, nsid=1, prp1=IOVA + 0x200000)
+        assert rig.far is not None
+        flags = rig.device._msix_cap + lib.PCI_MSIX_FLAGS  # the pin's level needs the engine too
+        rig.config_write(flags, 2, lib.PCI_MSIX_FLAGS_ENABLE)
+        await rig.settle()
+        seen = len(rig.far.requests)
         creates = rig.submit(
             lib.NVME_ADMIN_CREATE_CQ,
             cdw10=2 | 15 << 16,
             cdw11=lib.NVME_QUEUE_PHYS_CONTIG,
             prp1=IOVA + 0x300000,
         )
-        await held.arrived()
+        # No checkpoint before the read is kept waiting: the command is fetched, its execution begins only then.
+        until = time.monotonic() + LONGEST
+        while not any(iova < IOVA + PAGE for iova, _, _ in rig.far.requests[seen:]):
+            assert time.monotonic() < until
+        waits = rig.submit(lib.NVME_CMD_READ, ring=rig.io_ring, nsid=1, prp1=IOVA + 0x200000)
+        assert held.inside.wait(LONGEST)
         for _ in range(20):
             await trio.lowlevel.checkpoint()
             assert rig.csts & lib.NVME_CSTS_RDY
