@@ -17,6 +17,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.devices.nvme import NvmeConfig, NvmeDevice
+from pvfio.devices.rogue import RogueDevice
 from pvfio.devices.testdev import TestDevice
 from pvfio.silicon import TableBus
 from pvfio.vfio_user import messages
@@ -255,6 +256,8 @@ async def serve(path: Path, kind: str = "testdev", **options: Any) -> AsyncItera
         from pvfio.devices.dsa import DsaDevice
 
         device = DsaDevice(bus, engine="thread", **options)
+    elif kind == "rogue":
+        device = RogueDevice(bus, **options)
     else:
         device = TestDevice(bus, **options)
     lines: list[str] = []

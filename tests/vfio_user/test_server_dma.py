@@ -7,6 +7,7 @@ import fcntl
 import os
 import struct
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -248,6 +249,48 @@ async def test_posted(served: Served, client: RawClient, fd: int) -> None:
     assert await dma(client, OUT, 0, 8) == OK
     await client.post(lib.VFIO_USER_DMA_UNMAP, DmaUnmap(0, PAGE).pack())
     assert await dma(client, OUT, 0, 8) == ABORTED
+
+
+# A device that writes all the time, from a thread of its own.
+
+
+def is_written(fd: int) -> bool:
+    """Whether the first page changes."""
+    os.pwrite(fd, bytes(PAGE), 0)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if any(os.pread(fd, PAGE, 0)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("how", ["unmap", "unmap all", "bus mastering off", "gone"])
+async def test_when_it_is_answered_no_dma_lands(tmp_path: Path, fd: int, how: str) -> None:
+    async with serve(tmp_path, "rogue") as served:
+        client = await served.connect()
+        await client.enable()
+        for _ in range(20):
+            await client.write(0, 0, 0x100000, 8)
+            await client.write(0, 8, PAGE, 8)
+            assert await client.map(0x100000, PAGE, fd) == 0
+            assert is_written(fd)
+            if how == "unmap":
+                assert await client.unmap(0x100000, PAGE) == 0
+            elif how == "unmap all":
+                assert await client.unmap(0, 0, flags=lib.VFIO_DMA_UNMAP_FLAG_ALL) == 0
+            elif how == "bus mastering off":
+                await client.write(CONFIG, 4, 2, 2)
+                # Not asked of a device: that its last write before has landed when the register is written.
+                assert await client.unmap(0x100000, PAGE) == 0
+                await client.enable()
+            else:
+                client.close()
+                client = await served.connect()
+                await client.enable()
+            os.pwrite(fd, bytes(PAGE), 0)
+            for _ in range(50):
+                assert not any(os.pread(fd, PAGE, 0))
+            assert served.bus.maps == 0
 
 
 # Maps without a file: the device asks the client.

@@ -15,6 +15,7 @@ import trio
 from pvfio.abi import lib
 from pvfio.vfio_user import messages
 from pvfio.vfio_user.messages import DeviceInfo, IrqInfo, RegionInfo
+from pvfio.vfio_user.server import session
 from pvfio.vfio_user.version import Limits, Version
 from tests.vfio_user.raw import (
     CONFIG,
@@ -353,3 +354,19 @@ async def test_log(served: Served, client: RawClient) -> None:
         "> 2 REGION_READ config 0x0+0x4 = 3412e811",
     ]
     assert json.loads(served.lines[0].split(" ", 4)[4])["max_msg_fds"] == 16
+
+
+async def test_clients_that_are_silent(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing at first does not keep the device; nor one that takes no replies."""
+    monkeypatch.setattr(session, "_FIRST_SECONDS", 0.01)
+    silent = await served.connect(version=False)
+    assert await silent.is_closed()
+    monkeypatch.setattr(session, "_FIRST_SECONDS", 10.0)
+    monkeypatch.setattr(session, "_SEND_SECONDS", 0.01)
+    deaf = await served.connect()
+    burst = HEADER.pack(7, READ, 32, 0, 0) + access(0, 0, SCRATCH)
+    with pytest.raises((ConnectionResetError, BrokenPipeError)), trio.fail_after(20):
+        while True:
+            await deaf.sock.send(burst)
+    again = await served.connect()
+    assert await again.read(CONFIG, 0) == 0x11E81234
