@@ -16,6 +16,8 @@ from pvfio.abi import ffi, lib
 from pvfio.errors import PvfioError
 
 __all__ = [
+    "END",
+    "PAGE",
     "Body",
     "WireError",
     "check_argsz",

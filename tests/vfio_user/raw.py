@@ -274,7 +274,7 @@ async def serve(path: Path, kind: str = "testdev", **options: Any) -> AsyncItera
     device.close()
 
 
-def memory(size: int = 1 << 20, *, seals: int = 0) -> int:
+def memory(size: int = 1 << 20) -> int:
     """A memfd."""
     fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.truncate(fd, size)
