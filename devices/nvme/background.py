@@ -40,9 +40,9 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
         yield offset, min(_PIECE, size - offset)
 
 
-async def erase(namespace: Namespace, offset: int, size: int) -> None:
-    """Bytes become zeroes, and take no room where that can be. Raises ``OSError``."""
-    await _media(namespace, lib.pv_nvme_backing_zero, offset, size, True)
+async def erase(namespace: Namespace, offset: int, size: int, *, deallocate: bool = True) -> None:
+    """Bytes become zeroes, and with ``deallocate`` take no room where that can be. Raises ``OSError``."""
+    await _media(namespace, lib.pv_nvme_backing_zero, offset, size, deallocate)
 
 
 async def fill(namespace: Namespace, offset: int, data: bytes) -> None:

@@ -122,6 +122,7 @@ class NvmeDevice(FaultHooks, PciFunction):
             begins=lambda: self._self_test.abort(lib.NVME_SELF_TEST_RESULT_SANITIZE),
         )
         self._admin.guard = self.sanitize.guard
+        self._logs.hides_blocks = lambda: self.sanitize.hides_blocks
         self._logs.add(
             {
                 lib.NVME_LOG_SMART: lambda _: self.health.log(),

@@ -47,6 +47,8 @@ class Logs:
         self._features = features
         self._changed: set[int] = set()
         self._pages: dict[int, Page] = {}
+        self.hides_blocks: Callable[[], bool] = lambda: False
+        """Whether the error log does not say which blocks its errors were of."""
         self.add(
             {
                 lib.NVME_LOG_SUPPORTED: self._supported,
@@ -109,6 +111,9 @@ class Logs:
     def _errors(self, _command: Command) -> bytes:
         entries = ffi.new("struct nvme_error_log_entry[]", lib.PV_NVME_ERRORS)
         lib.pv_nvme_errors(self._nvme, entries, lib.PV_NVME_ERRORS, ffi.new("uint64_t *"))
+        if self.hides_blocks():
+            for entry in entries:
+                entry.lba = 0
         return bytes(ffi.buffer(entries))
 
     def _changed_namespaces(self, _command: Command) -> bytes:

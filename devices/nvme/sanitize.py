@@ -1,7 +1,8 @@
 """Sanitize (NVMe Base 2.0c 5.24 and 8.21): the operation, its states, its log, and what is refused meanwhile.
 
 The operation goes on over resets. Of several overwrite passes only the last is stored: what is kept here has no traces
-of what it held. Not modelled: no-deallocate restrictions, verification of media.
+of what it held. Not modelled: sanitizing without deallocation as a matter of configuration (feature 17h), media
+verification.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Sanitize"]
 
 _BYTE_CDW10: Final = 40
-_UNRESTRICTED, _INVERT, _NO_DEALLOCATE = 0x008, 0x100, 0x200
+_UNRESTRICTED, _NO_DEALLOCATE = 0x008, 0x200
 _PASSES_SHIFT, _DONE_SHIFT = 4, 3
 _NO_ESTIMATE: Final = 0xFFFFFFFF
 _STEPS: Final = 16
@@ -71,11 +72,14 @@ class Sanitize:
         self._background = background
         self._begins = begins
         self._state = int(lib.NVME_SSTAT_NEVER)
+        self._failure = False
         self._progress = 0xFFFF
         self._passes = 0
         self._word = 0
         self._pattern = 0
-        self._writes_then = -1
+        # As manufactured nothing was written, but images bring what they hold.
+        fresh = all(n.spec.image is None for n in namespaces.by_nsid.values())
+        self._writes_then = 0 if fresh else -1
         self.media_fails = False
         """The host's side: the next operation finds media that cannot be sanitized."""
 
@@ -88,7 +92,12 @@ class Sanitize:
         """What other commands are refused with, 0: they are not."""
         if self._state == lib.NVME_SSTAT_PROGRESS:
             return int(lib.NVME_SC_SANITIZE_IN_PROGRESS)
-        return int(lib.NVME_SC_SANITIZE_FAILED) if self._state == lib.NVME_SSTAT_FAILED else 0
+        return int(lib.NVME_SC_SANITIZE_FAILED) if self._failure else 0
+
+    @property
+    def hides_blocks(self) -> bool:
+        """Logs name no blocks now (Base figure 281)."""
+        return self._state == int(lib.NVME_SSTAT_PROGRESS)
 
     def guard(self, command: Command) -> None:
         """Raises Sanitize in Progress or Sanitize Failed for what is not allowed then (Base figure 281)."""
@@ -109,7 +118,7 @@ class Sanitize:
         if action == lib.NVME_SANITIZE_EXIT_FAILURE:
             self._exit_failure(unrestricted)
             return 0
-        if self._state == lib.NVME_SSTAT_FAILED and not unrestricted and command.cdw10 & _UNRESTRICTED:
+        if self._failure and not unrestricted and command.cdw10 & _UNRESTRICTED:
             raise AdminError(lib.NVME_SC_SANITIZE_FAILED, _BYTE_CDW10)
         if self._firmware.waits_for_reset:
             raise AdminError(lib.NVME_SC_FW_NEEDS_RESET)
@@ -121,22 +130,21 @@ class Sanitize:
         return 0
 
     def _exit_failure(self, unrestricted: bool) -> None:
-        """Only out of a failure in unrestricted completion mode (Base 5.24)."""
-        if self._state != lib.NVME_SSTAT_FAILED:
-            return
-        if not unrestricted:
+        """Only out of a failure in unrestricted completion mode (Base 5.24). SSTAT still says that the last one failed."""
+        if self._failure and not unrestricted:
             raise AdminError(lib.NVME_SC_SANITIZE_FAILED, _BYTE_CDW10)
-        self._become(lib.NVME_SSTAT_NEVER)
+        self._become(self._state, failure=False)
 
-    def _become(self, state: int) -> None:
-        self._state = int(state)
+    def _become(self, state: int, *, failure: bool) -> None:
+        self._state, self._failure = int(state), failure
         lib.pv_nvme_refuse_io(self._nvme, self._refusal)
 
     def _begin(self, word: int, pattern: int) -> None:
         self._begins()
+        self._events.clear(lib.NVME_LOG_SANITIZE)  # of the operation before (Base 8.21.1)
         self._word, self._pattern = word, pattern
         self._progress = self._passes = 0
-        self._become(lib.NVME_SSTAT_PROGRESS)
+        self._become(lib.NVME_SSTAT_PROGRESS, failure=False)
         self._background.start(self._run)
 
     async def _run(self) -> None:
@@ -153,22 +161,23 @@ class Sanitize:
         except (OSError, MemoryError):
             done = lib.NVME_SSTAT_FAILED
         self._progress = 0xFFFF
-        self._writes_then = self._writes()
-        self._become(done)
+        if done == lib.NVME_SSTAT_OK:
+            self._writes_then = self._writes()
+        self._become(done, failure=done == lib.NVME_SSTAT_FAILED)
         self._events.post(lib.NVME_AER_IO, lib.NVME_AER_IO_SANITIZE_COMPLETED, lib.NVME_LOG_SANITIZE)
 
     async def _one(self, namespace: Namespace) -> None:
         overwrite = self._word & 7 == lib.NVME_SANITIZE_OVERWRITE
         passes = (self._word >> _PASSES_SHIFT & 0xF or 16) if overwrite else 0
-        keep = overwrite and self._word & _NO_DEALLOCATE
-        inverted = self._word & _INVERT and not passes & 1
-        word = self._pattern ^ (0xFFFFFFFF if inverted else 0)
-        pattern = word.to_bytes(4, "little")
+        keep = bool(self._word & _NO_DEALLOCATE)
+        # The last pass stores the pattern itself, inverted between passes or not: an even count begins with the inverse
+        # (Base 2.1 figure 647).
+        pattern = self._pattern.to_bytes(4, "little")
         for offset, size in pieces(namespace.size):
-            if keep:
+            if overwrite and keep:
                 await fill(namespace, offset, pattern * (size // 4))
             else:
-                await erase(namespace, offset, size)
+                await erase(namespace, offset, size, deallocate=not keep)
         self._passes = passes
         if not await self._namespaces.sync(namespace.nsid):
             raise OSError(f"namespace {namespace.nsid}")
@@ -184,7 +193,7 @@ class Sanitize:
         page = ffi.new("struct nvme_sanitize_log *")
         page.sprog = self._progress
         page.sstat = self._state | self._passes << _DONE_SHIFT
-        if self._state == lib.NVME_SSTAT_OK and self._writes() == self._writes_then:
+        if self._writes() == self._writes_then:
             page.sstat |= lib.NVME_SSTAT_GLOBAL_ERASED
         page.scdw10 = self._word
         for name in ("eto", "etbe", "etce", "etond", "etbend", "etcend"):

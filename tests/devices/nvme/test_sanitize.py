@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
 from pvfio.abi import lib
-from pvfio.devices.nvme import NvmeConfig
+from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
 from pvfio.silicon import EngineKind
-from tests.devices.nvme.rig import PLACES, Place, Rig, running
+from tests.devices.nvme.rig import MIB, PLACES, Place, Rig, running
 
 pytestmark = pytest.mark.touches_c
 
@@ -41,8 +43,9 @@ async def sanitizing(word: int = BLOCK, *, fails: bool = False) -> AsyncIterator
 @pytest.mark.parametrize(("place", "engine"), PLACES)
 async def test_erases(place: Place, engine: EngineKind) -> None:
     async with running(NvmeConfig(sanitize_seconds=0), place=place, engine=engine) as rig:
-        assert (await state(rig)).sstat == lib.NVME_SSTAT_NEVER
+        assert (await state(rig)).sstat == lib.NVME_SSTAT_NEVER | lib.NVME_SSTAT_GLOBAL_ERASED
         assert (await rig.io(lib.NVME_CMD_WRITE, data=b"secret" * 100)).status == 0
+        assert (await state(rig)).sstat == lib.NVME_SSTAT_NEVER
         request = await rig.events()
         assert (await rig.admin(SANITIZE, cdw10=CRYPTO)).status == 0
         done = await rig.wait(request)
@@ -63,7 +66,7 @@ async def test_erases(place: Place, engine: EngineKind) -> None:
         (OVERWRITE | 1 << 4, 1, bytes(4)),
         (OVERWRITE | 1 << 4 | KEEP, 1, bytes.fromhex("44332211")),
         (OVERWRITE | 2 << 4 | KEEP, 2, bytes.fromhex("44332211")),
-        (OVERWRITE | 2 << 4 | KEEP | INVERT, 2, bytes.fromhex("bbccddee")),
+        (OVERWRITE | 2 << 4 | KEEP | INVERT, 2, bytes.fromhex("44332211")),
         (OVERWRITE | 3 << 4 | KEEP | INVERT, 3, bytes.fromhex("44332211")),
     ],
 )
@@ -117,7 +120,47 @@ async def test_failure_and_the_way_out(autojump_clock: trio.abc.Clock) -> None:
         assert (await rig.io(lib.NVME_CMD_READ)).code == FAILED
         assert (await rig.admin(lib.NVME_ADMIN_FORMAT_NVM, nsid=1)).code == FAILED
         assert (await rig.admin(SANITIZE, cdw10=1)).status == 0
+        assert (await state(rig)).sstat == lib.NVME_SSTAT_FAILED  # the last one, still
         assert (await rig.io(lib.NVME_CMD_READ)).status == 0
+
+
+@pytest.mark.parametrize("word", [BLOCK, CRYPTO, OVERWRITE | 1 << 4])
+@pytest.mark.parametrize("keep", [0, KEEP])
+async def test_deallocation(word: int, keep: int, tmp_path: Path) -> None:
+    """With No-Deallocate After Sanitize, blocks keep the room they have."""
+    image = tmp_path / "disk"
+    image.write_bytes(b"secret" * (MIB // 6 + 1))
+    os.truncate(image, MIB)
+    config = NvmeConfig(sanitize_seconds=0)
+    async with running(config, (NamespaceSpec(image=image, size=0),)) as rig:
+        assert (await state(rig)).sstat == lib.NVME_SSTAT_NEVER  # the image may hold anything
+        page = await rig.identify(lib.NVME_ID_CNS_NS, 1, kind="nvme_id_ns")
+        assert page.nuse == page.nsze
+        assert (await rig.admin(SANITIZE, cdw10=word | keep)).status == 0
+        await rig.wait(await rig.events())
+        page = await rig.identify(lib.NVME_ID_CNS_NS, 1, kind="nvme_id_ns")
+        assert page.nuse == (page.nsze if keep else 0)
+        assert image.read_bytes() == bytes(MIB)
+
+
+async def test_the_event_of_the_operation_before_is_gone(autojump_clock: trio.abc.Clock) -> None:
+    async with sanitizing() as rig:
+        await trio.sleep(11)
+        assert (await rig.admin(SANITIZE, cdw10=BLOCK)).status == 0
+        request = await rig.events()
+        assert request not in rig.admin_ring.done
+        await trio.sleep(11)
+        assert (await rig.wait(request)).result >> 16 == LOG
+
+
+async def test_the_error_log_names_no_blocks_meanwhile(autojump_clock: trio.abc.Clock) -> None:
+    async with running(NvmeConfig(sanitize_seconds=10)) as rig:
+        assert (await rig.io(lib.NVME_CMD_READ, cdw10=77777)).code == lib.NVME_SC_LBA_RANGE
+        assert (await rig.log(lib.NVME_LOG_ERROR, 64, kind="nvme_error_log_entry")).lba == 77777
+        assert (await rig.admin(SANITIZE, cdw10=BLOCK)).status == 0
+        assert (await rig.log(lib.NVME_LOG_ERROR, 64, kind="nvme_error_log_entry")).lba == 0
+        await trio.sleep(11)
+        assert (await rig.log(lib.NVME_LOG_ERROR, 64, kind="nvme_error_log_entry")).lba == 77777
 
 
 async def test_a_restricted_failure_only_ends_by_success(autojump_clock: trio.abc.Clock) -> None:
