@@ -13,8 +13,8 @@ carried out. Not modelled: dirty tracking.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,12 @@ from pvfio.vfio.batch import Words, batch_of, ranges_of
 from pvfio.vfio.container import Container, IommuInfo
 from pvfio.vfio.ioas import extent_of
 from pvfio.vfio_user.client.memory import IOVA_RANGES, PAGE, Mapping, Mappings
-from pvfio.vfio_user.messages import DmaMap, DmaUnmap
+from pvfio.vfio_user.client.servers import Servers
 
 if TYPE_CHECKING:
     from pvfio.memory import DmaBuffer
     from pvfio.vfio_user.client.backend import VfioUserVfio
-    from pvfio.vfio_user.client.link import Call, Link
+    from pvfio.vfio_user.client.link import Link
 
 __all__ = ["UserContainer"]
 
@@ -39,22 +39,18 @@ _READ: Final[int] = lib.VFIO_DMA_MAP_FLAG_READ
 _WRITE: Final[int] = lib.VFIO_DMA_MAP_FLAG_WRITE
 _TYPES: Final = (lib.VFIO_TYPE1_IOMMU, lib.VFIO_TYPE1v2_IOMMU)
 _EXTENSIONS: Final = (*_TYPES, lib.VFIO_UNMAP_ALL)
-_DMA_MAP: Final[int] = lib.VFIO_USER_DMA_MAP
-_DMA_UNMAP: Final[int] = lib.VFIO_USER_DMA_UNMAP
-# Requests to one server that may wait for their replies at a time.
-_PIPELINED: Final = 64
 
 
 class UserContainer(Container):
-    """Made by ``VfioUserVfio.open_container``. ``links``: the servers of its groups."""
+    """Made by ``VfioUserVfio.open_container``."""
 
     def __init__(self, vfio: VfioUserVfio) -> None:
         super().__init__()
-        self.links: list[Link] = []
         self.closed = False
         self._vfio = vfio
         self._kind: int | None = None
         self._mappings = Mappings(vfio.memories)
+        self._servers = Servers(self._mappings, share=vfio.share)
         self._memory: Any = None
         # Mappings, by IOVA, that a request to a server is about.
         self._busy: dict[int, trio.Event] = {}
@@ -70,8 +66,8 @@ class UserContainer(Container):
     async def set_iommu(self, kind: int | None = None) -> None:
         await trio.lowlevel.checkpoint()
         self._check_open("SET_IOMMU")
-        if not self.links or self._kind is not None:
-            reason = "the container has no group" if not self.links else "set already"
+        if not self._servers.links or self._kind is not None:
+            reason = "the container has no group" if not self._servers.links else "set already"
             raise VfioError(errno.EINVAL, "SET_IOMMU", reason)
         kind = int(lib.VFIO_TYPE1v2_IOMMU) if kind is None else kind
         if kind not in _TYPES:
@@ -81,7 +77,7 @@ class UserContainer(Container):
 
     def info(self) -> IommuInfo:
         self._check_ready("GET_INFO")
-        return IommuInfo(PAGE, IOVA_RANGES, self._most_pieces() - self._mappings.pieces, None)
+        return IommuInfo(PAGE, IOVA_RANGES, self._servers.most_pieces - self._mappings.pieces, None)
 
     # Groups.
 
@@ -92,7 +88,7 @@ class UserContainer(Container):
             raise VfioError(errno.EINVAL, "SET_CONTAINER", reason, device=link.name)
         if not link.limits.pgsizes & PAGE:
             raise VfioError(errno.EINVAL, "SET_CONTAINER", "it has no pages of 4 KiB", device=link.name)
-        self.links.append(link)
+        self._servers.links.append(link)
         self.users += 1
         link.reach = self._mappings
         self.refresh()
@@ -101,10 +97,10 @@ class UserContainer(Container):
         """A group was taken out, and its connection ended; the last one takes the IOMMU type and every mapping
         along.
         """
-        self.links.remove(link)
+        self._servers.links.remove(link)
         self.users -= 1
         link.reach = None
-        if self.links:
+        if self._servers.links:
             return
         self._kind = None
         for mapping in list(self._mappings):
@@ -124,12 +120,13 @@ class UserContainer(Container):
         """
         if link.fed:
             return
-        if not any(other.silent for other in self.links):
+        await self._idle()
+        if self._servers.silent is None:
             self._mappings.release_kept()
         link.fed = True
-        mappings = [mapping for mapping in self._mappings if mapping.iova not in self._busy]
+        mappings = list(self._mappings)
         with self._at_work(mappings):
-            await self._tell(mappings, [link])
+            await self._servers.map(mappings, [link])
 
     # Maps.
 
@@ -183,54 +180,17 @@ class UserContainer(Container):
 
     def _admit(self, iova: int, vaddr: int, size: int, flags: int) -> Mapping:
         self._check_ready("map_dma")
-        return self._mappings.add(iova, vaddr, size, flags, self._most_pieces())
+        return self._mappings.add(iova, vaddr, size, flags, self._servers.most_pieces)
 
     async def _announce(self, mappings: list[Mapping]) -> None:
         """Tells every server of new mappings; where it fails or is cancelled they are nowhere any more."""
-        links = self._fed_links("map_dma")
         with self._at_work(mappings):
             try:
-                await self._tell(mappings, links)
+                await self._servers.map(mappings, self._servers.to_tell("map_dma"))
             except BaseException:
-                silent = any(link.silent for link in links)
                 for mapping in mappings:
-                    self._mappings.drop(mapping, keep=silent)
+                    self._mappings.drop(mapping, keep=self._servers.silent is not None)
                 raise
-
-    async def _tell(self, mappings: list[Mapping], links: list[Link]) -> None:
-        """DMA_MAPs, many at a time. What raises, or is cancelled, has taken back what was done."""
-        sent: list[_Told] = []
-        ended = 0
-        try:
-            for mapping in mappings:
-                fds = (self._mappings.fd(mapping),) if self._vfio.share else ()
-                iova, rights = mapping.iova, mapping.flags & (_READ | _WRITE)
-                for offset, size in self._mappings.file_pieces(mapping):
-                    body = DmaMap(iova, size, rights, offset if fds else 0).pack()
-                    for link in links:
-                        call = await link.begin(_DMA_MAP, body, operation="map_dma", fds=fds)
-                        sent.append(_Told(link, call, iova, size, mapping))
-                    iova += size
-                while len(sent) - ended > _PIPELINED * len(links):
-                    await sent[ended].end()
-                    ended += 1
-            await trio.lowlevel.checkpoint()
-            while ended < len(sent):
-                await sent[ended].end()
-                ended += 1
-        except BaseException:
-            await self._take_back(sent)
-            raise
-
-    async def _take_back(self, sent: list[_Told]) -> None:
-        with trio.CancelScope(shield=True):
-            done = [told for told in sent if await told.link.settle(told.call)]
-            waiting = []
-            for told in done:
-                if told.link.connected:
-                    waiting += await self._ask(told.link, DmaUnmap(told.iova, told.size).pack())
-            for link, call in waiting:
-                await self._answered(link, call)
 
     # Unmaps.
 
@@ -276,8 +236,7 @@ class UserContainer(Container):
     async def unmap_all(self) -> int:
         await trio.lowlevel.checkpoint()
         self._check_ready("unmap_dma")
-        while self._busy:
-            await next(iter(self._busy.values())).wait()
+        await self._idle()
         found = list(self._mappings)
         await self._unmap(found)
         self._forget_iovas()
@@ -293,61 +252,30 @@ class UserContainer(Container):
                 return found
             await busy.wait()
 
+    async def _idle(self) -> None:
+        """Until no request about any mapping is under way."""
+        while self._busy:
+            await next(iter(self._busy.values())).wait()
+
     async def _unmap(self, mappings: list[Mapping]) -> None:
         """Takes mappings away from every server, and then away; not cancelled once it began."""
         if not mappings:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
-        links = [link for link in self.links if link.fed]
         with self._at_work(mappings), trio.CancelScope(shield=True):
-            silent = await self._retract(mappings, links)
-            silent = silent or any(link.silent for link in self.links)
+            await self._servers.unmap(mappings)
+            silent = self._servers.silent
             for mapping in mappings:
-                self._mappings.drop(mapping, keep=silent)
-        if silent:
-            raise DeadlineExceeded("unmap_dma", self._vfio.deadline, device=self._silent_name())
+                self._mappings.drop(mapping, keep=silent is not None)
+        if silent is not None:
+            raise DeadlineExceeded("unmap_dma", silent.deadline, device=silent.name)
         await trio.lowlevel.cancel_shielded_checkpoint()
-
-    async def _retract(self, mappings: Iterable[Mapping], links: list[Link]) -> bool:
-        """DMA_UNMAPs; whether a server did not say. One that refuses is lost: it forgets everything."""
-        waiting: list[tuple[Link, Call]] = []
-        for mapping in mappings:
-            iova = mapping.iova
-            for _, size in self._mappings.file_pieces(mapping):
-                body = DmaUnmap(iova, size).pack()
-                for link in links:
-                    if link.connected:
-                        waiting += await self._ask(link, body)
-                iova += size
-            while len(waiting) > _PIPELINED * len(links):
-                await self._answered(*waiting.pop(0))
-        await trio.lowlevel.checkpoint()
-        for link, call in waiting:
-            await self._answered(link, call)
-        silent: bool = any(link.silent for link in links)
-        return silent
-
-    @staticmethod
-    async def _ask(link: Link, body: bytes) -> list[tuple[Link, Call]]:
-        try:
-            return [(link, await link.begin(_DMA_UNMAP, body, operation="unmap_dma"))]
-        except (VfioError, DeadlineExceeded):  # lost
-            return []
-
-    @staticmethod
-    async def _answered(link: Link, call: Call) -> None:
-        try:
-            await link.end(call)
-        except DeadlineExceeded:
-            link.lose(f"no answer to an unmap within {link.deadline:g} s", silent=True)
-        except VfioError as error:
-            link.lose(f"it refused an unmap: {error.reason or error.strerror}")
 
     # What is asked before.
 
     async def close(self) -> None:
         self.closed = True
-        if not self.links:
+        if not self._servers.links:
             self._memory = None
         await trio.lowlevel.checkpoint()
 
@@ -361,19 +289,6 @@ class UserContainer(Container):
     def _v2(self) -> bool:
         return bool(self._kind == lib.VFIO_TYPE1v2_IOMMU)
 
-    def _most_pieces(self) -> int:
-        return min((link.limits.max_dma_maps for link in self.links), default=0)
-
-    def _fed_links(self, operation: str) -> list[Link]:
-        """The servers to tell. Raises ENODEV where none is left."""
-        lost = [link for link in self.links if link.lost is not None]
-        if lost and len(lost) == len(self.links):
-            raise lost[0].error(operation)
-        return [link for link in self.links if link.fed]
-
-    def _silent_name(self) -> str | None:
-        return next((link.name for link in self.links if link.silent), None)
-
     def _check_open(self, operation: str) -> None:
         if self.closed:
             raise VfioError(errno.EBADF, operation, "the container is closed")
@@ -385,31 +300,6 @@ class UserContainer(Container):
 
     def _at_work(self, mappings: list[Mapping]) -> _Work:
         return _Work(self._busy, [mapping.iova for mapping in mappings])
-
-
-class _Told(NamedTuple):
-    """A DMA_MAP that was sent: of a piece, [iova, iova + size), of a mapping."""
-
-    link: Link
-    call: Call
-    iova: int
-    size: int
-    mapping: Mapping
-
-    async def end(self) -> None:
-        try:
-            await self.link.end(self.call)
-        except VfioError as error:
-            if not self.link.connected:
-                raise
-            raise VfioError(
-                error.errno or errno.EIO,
-                "map_dma",
-                error.reason or "the server refused it",
-                device=self.link.name,
-                iova=self.mapping.iova,
-                length=self.mapping.size,
-            ) from None
 
 
 class _Work:

@@ -13,29 +13,23 @@ Not here: what calls mean (device.py, container.py). Not modelled: twin sockets.
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
 from pvfio.abi import lib
 from pvfio.errors import DeadlineExceeded, VfioError
 from pvfio.vfio_user.channel import HEADER_SIZE, Channel, ChannelEnded, Message, ProtocolError
-from pvfio.vfio_user.messages import (
-    WireError,
-    command_name,
-    dma_access,
-    parse_dma_read,
-    parse_dma_write,
-)
+from pvfio.vfio_user.client.call import Call, Reach, answer
+from pvfio.vfio_user.messages import WireError, command_name
 from pvfio.vfio_user.version import Limits, Version
 
-__all__ = ["Call", "Link", "Reach"]
+__all__ = ["OWN_LIMITS", "Call", "Link"]
 
 SPIN_NS: Final = 40_000
 # Ids from here on are those of requests that a channel's C side makes.
@@ -59,39 +53,6 @@ OWN_LIMITS: Final = Limits(
     pgsizes=int(lib.VFIO_USER_DEFAULT_PGSIZES),
 )
 _LARGEST: Final = HEADER_SIZE + 256 + OWN_LIMITS.max_data_xfer_size
-
-
-class Reach(Protocol):
-    """The memory a server may ask for. Both raise WireError: EFAULT, EACCES."""
-
-    def read(self, address: int, count: int) -> Any: ...
-    def write(self, address: int, data: memoryview) -> None: ...
-
-
-class Call:
-    """A request that was sent. ``body`` and ``fds`` are the reply's once it is ``done``; ``error`` is its errno, or 0.
-
-    ``abandoned``: nobody waits for it any more.
-    """
-
-    __slots__ = ("abandoned", "body", "command", "done", "error", "event", "fds", "number", "operation")
-
-    def __init__(self, number: int, command: int, operation: str) -> None:
-        self.number = number
-        self.command = command
-        self.operation = operation
-        self.done = False
-        self.abandoned = False
-        self.error = 0
-        self.body = b""
-        self.fds: list[int] = []
-        self.event: trio.Event | None = None
-
-    def abandon(self) -> None:
-        """Nobody waits for it any more."""
-        self.abandoned = True
-        while self.fds:
-            os.close(self.fds.pop())
 
 
 class Link:
@@ -228,10 +189,16 @@ class Link:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         call = await self.begin(command, body, operation=operation, fds=fds)
-        # The server works while other tasks run.
+        # The server works while other tasks run; where it was faster than that, they need not be told of its reply.
+        self.look(call)
         await trio.lowlevel.cancel_shielded_checkpoint()
         await self.end(call, deadline)
         return call
+
+    def look(self, call: Call) -> bool:
+        """Whether the reply is there already. Where it is, no other task is woken for it."""
+        self._read(0, call)
+        return call.done
 
     async def begin(
         self, command: int, body: bytes = b"", *, operation: str, fds: Sequence[int] = ()
@@ -414,25 +381,7 @@ class Link:
     def _serve(self, message: Message) -> None:
         """Answers a request of the server's."""
         assert self._channel is not None
-        most = OWN_LIMITS.max_data_xfer_size
-        data: Any = b""
-        try:
-            if message.flags & _TYPE_MASK:
-                raise WireError(errno.EINVAL, "neither a command nor a reply")
-            if self.reach is None:
-                raise WireError(errno.EFAULT, "nothing is mapped")
-            if message.command == lib.VFIO_USER_DMA_READ:
-                address, count = parse_dma_read(message.body, most)
-                data = self.reach.read(address, count)
-            elif message.command == lib.VFIO_USER_DMA_WRITE:
-                address, given = parse_dma_write(message.body, most)
-                count = len(given)
-                self.reach.write(address, given)
-            else:
-                raise WireError(errno.ENOTSUP, command_name(message.command))
-            error, body = 0, dma_access(address, count)
-        except WireError as refused:
-            error, body = refused.errno, b""
+        error, body, data = answer(message, self.reach, OWN_LIMITS.max_data_xfer_size)
         try:
             self._channel.reply_nowait(message, body, data, error=error)
         except trio.WouldBlock:

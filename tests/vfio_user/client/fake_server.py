@@ -4,19 +4,27 @@ may answer otherwise, or not at all.
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import trio
 
 from pvfio.abi import lib
+from pvfio.errors import VfioError
 from pvfio.vfio_user.channel import Channel, ChannelEnded, Message
 from pvfio.vfio_user.messages import DeviceInfo, IrqInfo, RegionInfo, dma_access
 from pvfio.vfio_user.version import Limits, Version
+
+if TYPE_CHECKING:
+    from pvfio.vfio_user.client import VfioUserVfio
 
 CONFIG = lib.VFIO_PCI_CONFIG_REGION_INDEX
 RW = lib.VFIO_REGION_INFO_FLAG_READ | lib.VFIO_REGION_INFO_FLAG_WRITE
@@ -69,19 +77,23 @@ class FakeServer:
     async def _serve(self, channel: Channel) -> None:
         self.channel = channel
         self.maps.clear()
-        with channel:
-            try:
-                while True:
-                    self._one(channel, await channel.receive())
-                    came, self.came = self.came, trio.Event()
-                    came.set()
-            except (ChannelEnded, trio.ClosedResourceError):
-                pass
-            finally:
-                self.channel = None
-                for fd in self.eventfds.values():
-                    os.close(fd)
-                self.eventfds.clear()
+        try:
+            while True:
+                self._one(channel, await channel.receive())
+                self._tell()
+        except (ChannelEnded, trio.ClosedResourceError):
+            pass
+        finally:
+            channel.close()
+            self.channel = None
+            for fd in self.eventfds.values():
+                os.close(fd)
+            self.eventfds.clear()
+            self._tell()
+
+    def _tell(self) -> None:
+        came, self.came = self.came, trio.Event()
+        came.set()
 
     def _one(self, channel: Channel, message: Message) -> None:
         if message.is_reply:
@@ -180,3 +192,18 @@ def make_config() -> bytearray:
     config[0x06], config[0x34] = 0x10, MSIX_AT
     struct.pack_into("<BBHII", config, MSIX_AT, lib.PCI_CAP_ID_MSIX, 0, VECTORS - 1, 0x1000, 0x1800)
     return config
+
+
+def refused(number: int, match: str = "") -> Any:
+    return pytest.raises(VfioError, match=f": {errno.errorcode[number]}: .*{match}")
+
+
+async def fds(server: FakeServer) -> int:
+    """How many descriptors the process has, once the server has seen its client go."""
+    await server.until(lambda: server.channel is None)
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def pins(vfio: VfioUserVfio) -> int:
+    return sum(memory.stats().pins for memory in vfio.memories.values())

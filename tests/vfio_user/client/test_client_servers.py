@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gc
-import os
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,9 @@ import trio.testing
 
 import pvfio
 from pvfio.abi import lib
-from pvfio.errors import DeadlineExceeded, VfioError
+from pvfio.errors import DeadlineExceeded
 from pvfio.vfio_user.client import VfioUserVfio
-from pvfio.vfio_user.version import Limits
-from tests.vfio_user.fake_server import CONFIG, VECTORS, FakeServer, Request
+from tests.vfio_user.client.fake_server import FakeServer, Request, fds, pins, refused
 
 pytestmark = pytest.mark.touches_c
 
@@ -29,30 +25,6 @@ MSIX = lib.VFIO_PCI_MSIX_IRQ_INDEX
 READ, WRITE = lib.VFIO_USER_REGION_READ, lib.VFIO_USER_REGION_WRITE
 MAP, UNMAP = lib.VFIO_USER_DMA_MAP, lib.VFIO_USER_DMA_UNMAP
 DMA_READ, DMA_WRITE = lib.VFIO_USER_DMA_READ, lib.VFIO_USER_DMA_WRITE
-
-
-@pytest.fixture
-async def server(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[FakeServer]:
-    fake = FakeServer(tmp_path / "socket")
-    await nursery.start(fake.run)
-    yield fake
-    nursery.cancel_scope.cancel()
-
-
-@pytest.fixture
-async def vfio(server: FakeServer) -> AsyncIterator[VfioUserVfio]:
-    async with VfioUserVfio([str(server.path)], ram=16 << 20, deadline=5, grace=0.2) as vfio:
-        yield vfio
-
-
-@pytest.fixture
-async def device(vfio: VfioUserVfio) -> AsyncIterator[Any]:
-    async with vfio.open_device(vfio.paths[0]) as device:
-        yield device
-
-
-def refused(number: int, match: str = "") -> Any:
-    return pytest.raises(VfioError, match=f": {errno.errorcode[number]}: .*{match}")
 
 
 # No server, or none to agree with.
@@ -122,7 +94,9 @@ async def test_there_is_no_iommufd(vfio: VfioUserVfio) -> None:
 # Servers that go.
 
 
-async def test_a_server_that_goes_ends_every_wait(server: FakeServer, device: Any) -> None:
+async def test_a_server_that_goes_ends_every_wait(
+    server: FakeServer, device: Any, vfio: VfioUserVfio
+) -> None:
     await device.irq(MSIX).enable(2)
     buffer = await device.container.alloc(PAGE)
     server.answers[READ] = server.answers[MAP] = lambda _: None
@@ -151,7 +125,9 @@ async def test_a_server_that_goes_ends_every_wait(server: FakeServer, device: An
             await again
     with refused(errno.ENODEV, "gone"):
         device.region(0).doorbell(0, 1)
+    assert pins(vfio) == 1
     await device.container.free(buffer)
+    assert pins(vfio) == 0
 
 
 async def test_the_device_is_there_again_with_its_server(server: FakeServer, vfio: VfioUserVfio) -> None:
@@ -182,13 +158,11 @@ async def test_nothing_is_left_of_many_lost_connections(server: FakeServer, vfio
             server.channel.close()
             with refused(errno.ENODEV):
                 await device.region(0).read(0)
-        gc.collect()
-        return len(os.listdir("/proc/self/fd"))
+        return await fds(server)
 
     before = await once()
     for _ in range(5):
-        after = await once()
-    assert after == before
+        assert await once() == before
 
 
 # Deadlines and cancellation.
@@ -258,28 +232,28 @@ async def test_a_cancelled_map_that_is_never_answered(server: FakeServer, vfio: 
         buffer = await container.alloc(PAGE, map=False)
         with trio.move_on_after(0.01):
             await container.map_dma(BASE, buffer)
-        pins = sum(memory.stats().pins for memory in vfio.memories.values())
-        assert pins == 1
+        assert pins(vfio) == 1
         with refused(errno.ENODEV, "no answer"):
             await device.region(0).read(0)
         with pytest.raises(DeadlineExceeded):
             await device.close()
         del server.answers[MAP]
         again = await vfio._groups[-1].open_device(vfio.paths[0])
-        assert sum(memory.stats().pins for memory in vfio.memories.values()) == 0
+        assert pins(vfio) == 0
         await again.close()
 
 
 async def test_an_unmap_that_is_not_answered(server: FakeServer, vfio: VfioUserVfio) -> None:
-    with pytest.raises(DeadlineExceeded, match="close"):
-        async with vfio.open_device(vfio.paths[0]) as device:
-            await device.container.alloc(PAGE, iova=BASE)
-            server.answers[UNMAP] = lambda _: None
-            vfio._links[0].deadline = 0.05
-            with pytest.raises(DeadlineExceeded, match="unmap"):
-                await device.container.unmap_dma(BASE, PAGE)
-            assert sum(memory.stats().pins for memory in vfio.memories.values()) == 1
-            assert await device.container.try_unmap_dma(BASE, PAGE) == 0
+    async with vfio.open_device(vfio.paths[0]) as device:
+        await device.container.alloc(PAGE, iova=BASE)
+        server.answers[UNMAP] = lambda _: None
+        vfio._links[0].deadline = 0.05
+        with pytest.raises(DeadlineExceeded, match="unmap"):
+            await device.container.unmap_dma(BASE, PAGE)
+        with pytest.raises(DeadlineExceeded, match="close"):
+            await device.close()
+        assert pins(vfio) == 1
+        assert await device.container.try_unmap_dma(BASE, PAGE) == 0
 
 
 # Refusals.
@@ -332,201 +306,64 @@ async def test_maps_carry_the_file_and_where_in_it(server: FakeServer, device: A
     ]
 
 
-# What servers say.
+# Two servers.
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda request: request.body,
-        lambda request: request.body + bytes(3),
-        lambda request: request.body + bytes(5),
-        lambda request: struct.pack("<QII", 0, 0, 8) + bytes(8),
-        lambda request: struct.pack("<QII", 8, 0, 4) + bytes(4),
-        lambda request: b"",
-    ],
-)
-async def test_a_reply_about_something_else(server: FakeServer, device: Any, answer: Any) -> None:
-    server.answers[READ] = answer
-    with refused(errno.EPROTO):
-        await device.region(0).read(0, 4)
-    del server.answers[READ]
-    assert await device.region(0).read(0, 4) == 0
-
-
-@pytest.mark.parametrize(
-    ("message", "why"),
-    [
-        ((READ, 1234, 1), "no request"),
-        ((MAP, None, 1), "instead of"),
-    ],
-)
-async def test_replies_to_nothing(
-    server: FakeServer, device: Any, vfio: VfioUserVfio, message: tuple[int, int | None, int], why: str
+async def test_two_devices_of_a_container_have_the_same_maps(
+    two: tuple[FakeServer, FakeServer, VfioUserVfio],
 ) -> None:
-    def answer(request: Request) -> None:
-        assert server.channel is not None
-        command, number, flags = message
-        if number is None:
+    first, second, vfio = two
+    async with vfio.open_device(vfio.paths[0]) as one:
+        container = one.container
+        await container.alloc(PAGE, iova=BASE)
+        async with vfio.open_device(vfio.paths[1], container=container):
+            assert second.maps == first.maps == {BASE: PAGE}
+            await container.alloc(2 * PAGE, iova=2 * BASE, scattered=True)
+            assert second.maps == first.maps == {BASE: PAGE, 2 * BASE: PAGE, 2 * BASE + PAGE: PAGE}
+            second.answers[MAP] = lambda _: errno.ENOSPC
+            with refused(errno.ENOSPC):
+                await container.alloc(PAGE)
+            assert second.maps == first.maps
+            assert await container.unmap_all() == 3 * PAGE
+            assert second.maps == first.maps == {}
+
+
+async def test_one_of_two_servers_goes(two: tuple[FakeServer, FakeServer, VfioUserVfio]) -> None:
+    first, second, vfio = two
+    async with vfio.open_device(vfio.paths[0]) as one:
+        async with vfio.open_device(vfio.paths[1], container=one.container) as other:
+            buffer = await one.container.alloc(PAGE)
+            assert second.channel is not None
+            second.channel.close()
+            with refused(errno.ENODEV):
+                await other.region(0).read(0)
+            await one.container.free(buffer)
+            await one.container.alloc(PAGE, iova=BASE)
+            assert first.maps == {BASE: PAGE}
+        assert await one.region(0).read(0) == 0
+
+
+async def test_what_is_mapped_while_a_server_joins_reaches_it(
+    two: tuple[FakeServer, FakeServer, VfioUserVfio],
+) -> None:
+    first, second, vfio = two
+    async with vfio.open_device(vfio.paths[0]) as one, trio.open_nursery() as nursery:
+        buffer = await one.container.alloc(PAGE, map=False)
+        first.answers[MAP] = lambda _: None
+        nursery.start_soon(one.container.map_dma, BASE, buffer)
+        await first.until(lambda: bool(first.of(MAP)))
+        opened: list[Any] = []
+
+        async def join() -> None:
+            async with vfio.open_device(vfio.paths[1], container=one.container) as device:
+                opened.append(device)
+                assert second.maps == {BASE: PAGE}
+
+        async with trio.open_nursery() as joining:
+            joining.start_soon(join)
+            await second.until(lambda: len(second.of(lib.VFIO_USER_DEVICE_RESET)) == 1)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not opened
+            assert first.channel is not None
             (number,) = vfio._links[0]._calls
-        server.channel.send_nowait(command, number, flags)
-
-    server.answers[READ] = answer
-    with refused(errno.ENODEV, why):
-        await device.region(0).read(0, 4)
-
-
-async def test_garbage(server: FakeServer, device: Any) -> None:
-    def answer(request: Request) -> None:
-        assert server.channel is not None
-        os.write(lib.pv_vfu_socket(server.channel.ptr), b"\xff" * 64)
-
-    server.answers[READ] = answer
-    with refused(errno.ENODEV, "size"):
-        await device.region(0).read(0, 4)
-
-
-async def test_descriptors_nobody_asked_for_are_closed(server: FakeServer, device: Any) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    assert server.channel is not None
-    for _ in range(3):
-        server.channel.send_nowait(DMA_READ, 5, 0, 0, bytes(16), fds=[0, 1, 2])
-    await server.answered(3)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-# Limits.
-
-
-async def test_few_descriptors_at_a_time(server: FakeServer, vfio: VfioUserVfio) -> None:
-    server.limits = Limits(max_msg_fds=8)
-    async with vfio.open_device(vfio.paths[0]) as device:
-        irq = device.irq(MSIX)
-        await irq.enable(VECTORS)
-        said = [
-            (*struct.unpack("<IIIII", r.body)[3:], r.fds) for r in server.of(lib.VFIO_USER_DEVICE_SET_IRQS)
-        ]
-        assert said == [(16, 4, 4), (8, 8, 8), (0, 8, 8)]
-        for vector in range(VECTORS):
-            os.eventfd_write(server.eventfds[vector], 1)
-            assert await irq.wait(vector, deadline=5) == 1
-
-
-async def test_a_part_of_the_interrupts_is_refused(server: FakeServer, device: Any) -> None:
-    def answer(request: Request) -> bytes | int:
-        _, _, _, start, count = struct.unpack_from("<IIIII", request.body)
-        return errno.ENOMEM if count and start == 8 else b""
-
-    server.answers[lib.VFIO_USER_DEVICE_SET_IRQS] = answer
-    with refused(errno.ENOMEM):
-        await device.irq(MSIX).enable(VECTORS)
-    last = struct.unpack_from("<IIIII", server.requests[-1].body)
-    assert last[1:] == (lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, MSIX, 0, 0)
-    del server.answers[lib.VFIO_USER_DEVICE_SET_IRQS]
-    await device.irq(lib.VFIO_PCI_INTX_IRQ_INDEX).enable()
-
-
-async def test_small_transfers(server: FakeServer, vfio: VfioUserVfio) -> None:
-    server.limits = Limits(max_msg_fds=8, max_data_xfer_size=48)
-    async with vfio.open_device(vfio.paths[0]) as device:
-        assert await device.config.read(0, 4) == 0x11111234
-    counts = [struct.unpack_from("<QII", r.body)[2] for r in server.of(READ) if r.body[8] == CONFIG]
-    assert max(counts) == 48
-
-
-async def test_few_maps(server: FakeServer, vfio: VfioUserVfio) -> None:
-    server.limits = Limits(max_msg_fds=8, max_dma_maps=3)
-    async with vfio.open_device(vfio.paths[0]) as device:
-        container = device.container
-        assert container.info().dma_avail == 3
-        with refused(errno.ENOSPC):
-            await container.alloc(4 * PAGE, scattered=True)
-        assert not server.maps
-        assert container.info().dma_avail == 3
-        await container.alloc(2 * PAGE, scattered=True)
-        await container.alloc(PAGE)
-        with refused(errno.ENOSPC):
-            await container.alloc(PAGE)
-
-
-async def test_other_pages(server: FakeServer, vfio: VfioUserVfio) -> None:
-    server.answers[lib.VFIO_USER_VERSION] = lambda _: b'\0\0\0\0{"capabilities":{"pgsizes":65536}}\0'
-    with refused(errno.EINVAL, "4 KiB"):
-        async with vfio.open_device(vfio.paths[0]):
-            pass
-
-
-# What servers ask.
-
-
-@pytest.fixture
-async def mapped(server: FakeServer, device: Any) -> Any:
-    """Three pages at BASE: to be read, both, to be written; then nothing."""
-    container = device.container
-    buffer = await container.alloc(3 * PAGE, map=False)
-    for page, rights in enumerate(({"write": False}, {}, {"read": False})):
-        await container.map_dma(BASE + page * PAGE, buffer[page * PAGE : (page + 1) * PAGE], **rights)
-    buffer[:] = [n % 251 for n in range(3 * PAGE)]
-    return buffer
-
-
-async def test_memory_is_read_and_written(server: FakeServer, mapped: Any) -> None:
-    server.ask(DMA_READ, BASE + 5, 100)
-    server.ask(DMA_READ, BASE + PAGE - 7, 20)
-    server.ask(DMA_WRITE, BASE + 2 * PAGE - 2, 4, b"wxyz")
-    first, across, written = await server.answered(3)
-    assert first == (0, struct.pack("<QQ", BASE + 5, 100) + mapped[5:105].tobytes())
-    assert across == (0, struct.pack("<QQ", BASE + PAGE - 7, 20) + mapped[PAGE - 7 : PAGE + 13].tobytes())
-    assert written == (0, struct.pack("<QQ", BASE + 2 * PAGE - 2, 4))
-    assert mapped[2 * PAGE - 2 : 2 * PAGE + 2].tobytes() == b"wxyz"
-
-
-@pytest.mark.parametrize(
-    ("command", "address", "count", "number"),
-    [
-        (DMA_READ, BASE - 1, 1, errno.EFAULT),
-        (DMA_READ, BASE - 1, 2, errno.EFAULT),
-        (DMA_READ, BASE + 2 * PAGE, 1, errno.EACCES),
-        (DMA_READ, BASE + 2 * PAGE - 1, 2, errno.EACCES),
-        (DMA_READ, BASE + 3 * PAGE, 1, errno.EFAULT),
-        (DMA_READ, (1 << 64) - 1, 4, errno.EFAULT),
-        (DMA_READ, BASE, 0, errno.EINVAL),
-        (DMA_READ, BASE, (1 << 20) + 1, errno.EINVAL),
-        (DMA_READ, BASE, 1 << 63, errno.EINVAL),
-        (DMA_WRITE, BASE, 1, errno.EACCES),
-        (DMA_WRITE, BASE + PAGE - 1, 2, errno.EACCES),
-        (DMA_WRITE, BASE + 3 * PAGE - 1, 2, errno.EFAULT),
-        (DMA_WRITE, BASE + PAGE, 1 << 40, errno.EINVAL),
-        (lib.VFIO_USER_REGION_READ, BASE, 1, errno.ENOTSUP),
-    ],
-)
-async def test_what_it_may_not(
-    server: FakeServer, device: Any, mapped: Any, command: int, address: int, count: int, number: int
-) -> None:
-    before = mapped.tobytes()
-    data = bytes(min(count, 64)) if command == DMA_WRITE else b""
-    server.ask(command, address, count, data)
-    assert await server.answered() == [(number, b"")]
-    assert mapped.tobytes() == before
-    assert await device.region(0).read(0) == 0
-
-
-async def test_it_asks_while_it_is_asked(server: FakeServer, device: Any, mapped: Any) -> None:
-    """A call waits for its reply, which comes only after the server has got an answer of its own."""
-
-    def answer(request: Request) -> bytes:
-        server.ask(DMA_READ, BASE, 8)
-        return request.body + bytes(4)
-
-    server.answers[READ] = answer
-    for _ in range(20):
-        await device.region(0).read(0, 4)
-    assert {error for error, _ in await server.answered(20)} == {0}
-
-
-async def test_unmapped_memory_is_not_reached_any_more(server: FakeServer, device: Any, mapped: Any) -> None:
-    server.ask(DMA_READ, BASE, 8)
-    assert (await server.answered())[0][0] == 0
-    await device.container.unmap_dma(BASE, PAGE)
-    server.ask(DMA_READ, BASE, 8)
-    assert (await server.answered())[0][0] == errno.EFAULT
+            first.channel.send_nowait(MAP, number, 1)
