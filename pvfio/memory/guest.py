@@ -18,6 +18,7 @@ from pvfio.memory.buffer import DmaBuffer, wrap
 PAGE_SIZE: int = lib.PV_PAGE_SIZE
 BLOCK_SIZE: int = lib.PV_BLOCK_SIZE
 _NONE: int = lib.PV_PHYS_NONE
+_RAM_BASE: int = lib.PV_HPA_RAM_BASE
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class GuestMemory:
             raise OSError(-error[0], f"no room for {size} bytes of guest RAM")
         self.ptr = ffi.gc(ptr, lib.pv_memory_destroy)
         self.size = size
+        self._straight = seed is None
         self.fd: int = lib.pv_memory_fd(self.ptr)
         self.guest_space = lib.pv_memory_guest_space(self.ptr)
         self.host_space = lib.pv_memory_host_space(self.ptr)
@@ -173,10 +175,13 @@ class GuestMemory:
 
         Raises as ``pin``.
         """
+        runs = self.runs(vaddr, size)
+        if self._straight and len(runs) == 1:
+            return [(lib.pv_memory_gpa_to_hpa(self.ptr, runs[0][0]) - _RAM_BASE, size)]
         pieces: list[tuple[int, int]] = []
-        for gpa, length in self.runs(vaddr, size):
+        for gpa, length in runs:
             while length:
-                offset = lib.pv_memory_gpa_to_hpa(self.ptr, gpa) - lib.PV_HPA_RAM_BASE
+                offset = lib.pv_memory_gpa_to_hpa(self.ptr, gpa) - _RAM_BASE
                 step = min(length, BLOCK_SIZE - gpa % BLOCK_SIZE)
                 if pieces and sum(pieces[-1]) == offset:
                     pieces[-1] = pieces[-1][0], pieces[-1][1] + step

@@ -262,14 +262,13 @@ class UserContainer(Container):
         if not mappings:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
-        with self._at_work(mappings), trio.CancelScope(shield=True):
+        with self._at_work(mappings):
             await self._servers.unmap(mappings)
             silent = self._servers.silent
             for mapping in mappings:
                 self._mappings.drop(mapping, keep=silent is not None)
         if silent is not None:
             raise DeadlineExceeded("unmap_dma", silent.deadline, device=silent.name)
-        await trio.lowlevel.cancel_shielded_checkpoint()
 
     # What is asked before.
 

@@ -29,7 +29,7 @@ from pvfio.vfio_user.client.call import Call, Reach, answer
 from pvfio.vfio_user.messages import WireError, command_name
 from pvfio.vfio_user.version import Limits, Version
 
-__all__ = ["OWN_LIMITS", "Call", "Link"]
+__all__ = ["OWN_LIMITS", "SPIN_NS", "Call", "Link"]
 
 SPIN_NS: Final = 40_000
 # Ids from here on are those of requests that a channel's C side makes.
@@ -195,15 +195,24 @@ class Link:
         await self.end(call, deadline)
         return call
 
-    def look(self, call: Call) -> bool:
-        """Whether the reply is there already. Where it is, no other task is woken for it."""
-        self._read(0, call)
+    def look(self, call: Call, spin_ns: int = 0) -> bool:
+        """Whether the reply is there; looks for as long as that. Where it is, no other task is woken for it."""
+        if not call.done:
+            self._read(spin_ns, call)
         return call.done
 
     async def begin(
-        self, command: int, body: bytes = b"", *, operation: str, fds: Sequence[int] = ()
+        self,
+        command: int,
+        body: bytes = b"",
+        *,
+        operation: str,
+        fds: Sequence[int] = (),
+        shield: bool = False,
     ) -> Call:
-        """Sends a request. It must be ended; no checkpoint where the socket has room. Cancelled: not sent."""
+        """Sends a request. It must be ended; no checkpoint where the socket has room. Cancelled, which ``shield`` rules
+        out: not sent.
+        """
         channel = self._channel
         if channel is None:
             raise self.error(operation)
@@ -214,7 +223,8 @@ class Link:
             try:
                 channel.send_nowait(command, number, 0, 0, body, fds=fds)
             except trio.WouldBlock:
-                await self._send(channel, command, number, body, fds, operation)
+                with trio.CancelScope(shield=shield):
+                    await self._send(channel, command, number, body, fds, operation)
         except DeadlineExceeded:
             raise
         except OSError as error:
@@ -230,10 +240,8 @@ class Link:
 
     async def end(self, call: Call, deadline: float | None = None) -> None:
         """Waits for the reply. Raises as ``call``. A checkpoint only where it has to wait."""
-        if not call.done:
-            self._read(SPIN_NS, call)
-            if not call.done:
-                await self._wait(call, self.deadline if deadline is None else deadline)
+        if not self.look(call, SPIN_NS):
+            await self._wait(call, self.deadline if deadline is None else deadline)
         if call.error:
             reason = call.body.decode() if call.error == errno.ENODEV else ""
             raise VfioError(call.error, call.operation, reason, device=self.name)

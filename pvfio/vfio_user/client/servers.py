@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from pvfio.abi import lib
 from pvfio.errors import DeadlineExceeded, VfioError
+from pvfio.vfio_user.client.link import SPIN_NS
 from pvfio.vfio_user.messages import DmaMap, DmaUnmap
 
 if TYPE_CHECKING:
-    from pvfio.vfio_user.client.link import Call, Link
+    from pvfio.vfio_user.client.call import Call
+    from pvfio.vfio_user.client.link import Link
     from pvfio.vfio_user.client.memory import Mapping, Mappings
 
 __all__ = ["Servers"]
@@ -88,18 +91,17 @@ class Servers:
             raise
 
     async def _take_back(self, sent: list[Told]) -> None:
-        with trio.CancelScope(shield=True):
-            done = [told for told in sent if await told.link.settle(told.call)]
-            waiting = []
-            for told in done:
-                if told.link.connected:
-                    waiting += await self._ask(told.link, DmaUnmap(told.iova, told.size).pack())
-            for link, call in waiting:
-                await self._answered(link, call)
+        done = [told for told in sent if await told.link.settle(told.call)]
+        waiting = []
+        for told in done:
+            if told.link.connected:
+                waiting += await self._ask(told.link, DmaUnmap(told.iova, told.size).pack())
+        for link, call in waiting:
+            await self._answered(link, call)
 
     async def unmap(self, mappings: Iterable[Mapping]) -> None:
         """DMA_UNMAPs, to all that were told of them. A server that refuses is lost, and so forgets everything; one that
-        does not answer is lost and ``silent``. Not to be cancelled.
+        does not answer is lost and ``silent``. Not cancelled.
         """
         links = [link for link in self.links if link.fed]
         waiting: list[tuple[Link, Call]] = []
@@ -115,21 +117,22 @@ class Servers:
                 await self._answered(*waiting.pop(0))
         if waiting:
             waiting[-1][0].look(waiting[-1][1])
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.cancel_shielded_checkpoint()
         for link, call in waiting:
             await self._answered(link, call)
 
     @staticmethod
     async def _ask(link: Link, body: bytes) -> list[tuple[Link, Call]]:
         try:
-            return [(link, await link.begin(_DMA_UNMAP, body, operation="unmap_dma"))]
+            return [(link, await link.begin(_DMA_UNMAP, body, operation="unmap_dma", shield=True))]
         except (VfioError, DeadlineExceeded):  # lost
             return []
 
     @staticmethod
     async def _answered(link: Link, call: Call) -> None:
         try:
-            await link.end(call)
+            with trio.CancelScope(shield=True) if not link.look(call, SPIN_NS) else nullcontext():
+                await link.end(call)
         except DeadlineExceeded:
             link.lose(f"no answer to an unmap within {link.deadline:g} s", silent=True)
         except VfioError as error:
