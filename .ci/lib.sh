@@ -9,6 +9,11 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 bin=$project/.venv/bin # where the README's commands install
 
+# Real Linux guests under QEMU, where the folder that builds them lies beside the project. Building takes root.
+rig=$(dirname "$project")/shared/rig
+if [ -d "$rig" ] && [ "$(id -u)" = 0 ]; then export PVFIO_RIG=$rig; fi
+rig_builder=
+
 export CI=${CI:-true} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 stage() {
@@ -35,9 +40,39 @@ install_missing_system_tools() {
     # What pvfio is compared with: a file system's own tools, and the real fio.
     command -v mkfs.ext4 >/dev/null || missing+=(e2fsprogs)
     command -v fio >/dev/null || missing+=(fio)
+    if [ -n "${PVFIO_RIG:-}" ]; then # and what builds a guest
+        command -v debootstrap >/dev/null || missing+=(debootstrap)
+        command -v cpio >/dev/null || missing+=(cpio)
+        command -v xz >/dev/null || missing+=(xz-utils)
+        python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
+    fi
     if [ "${#missing[@]}" -gt 0 ]; then
         apt-get -q update
         DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
+    fi
+}
+
+# Builds the guest in the background, once a machine; wait_for_rig is where it must be there.
+start_rig() {
+    if [ -n "${PVFIO_RIG:-}" ] && [ ! -s "${RIG:-${XDG_CACHE_HOME:-$HOME/.cache}/pvfio-rig}/guest.ext4" ]; then
+        build_rig &
+        rig_builder=$!
+    fi
+}
+
+# Finished steps are kept, so a second try goes on where a download failed.
+build_rig() {
+    local try
+    for try in 1 2; do
+        if limited bash "$PVFIO_RIG/make-rig.sh" >"$scratch/rig$try.log" 2>&1; then return 0; fi
+    done
+    return 1
+}
+
+wait_for_rig() {
+    if [ -n "$rig_builder" ] && ! wait "$rig_builder"; then
+        tail -n 40 "$scratch"/rig*.log
+        return 1
     fi
 }
 

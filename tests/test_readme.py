@@ -30,3 +30,12 @@ def test_files_it_names_exist() -> None:
     named = re.findall(r"`((?:pvfio|drivers|devices|examples|tests|\.ci)/[\w./*-]*)`", README)
     assert named
     assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
+
+
+def test_qemu_is_started_as_the_example_does_it() -> None:
+    example = (ROOT / "examples" / "linux_guest.sh").read_text()
+    (block,) = re.findall(r"^qemu-system-x86_64 .*?^```$", README, re.DOTALL | re.MULTILINE)
+    options = [line.rstrip(" \\").strip() for line in block.splitlines()[:-2]]
+    assert len(options) == 4
+    for option in options:
+        assert option.replace("/tmp/", """'"$folder"'/""") in example

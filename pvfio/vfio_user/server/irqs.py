@@ -184,14 +184,14 @@ class ServerIrqs:
             if request.data == _DATA_NONE or request.bools[0]:
                 self._unmask_intx()
             return
-        if fds[0] < 0:
-            self._drop_unmask()
-        elif self._unmask is not None:
-            raise WireError(errno.EBUSY, "there is an eventfd for unmasking")
-        else:
-            trigger, scope = _EventFd(fds[0]), trio.CancelScope()
-            self._unmask = (trigger, scope)
-            self.nursery.start_soon(self._listen, trigger, scope)
+        # Linux answers EBUSY while there is one, and forgets it when its file is closed. Here nobody sees that, so a
+        # new one takes its place: QEMU sends one every time it hands INTx to KVM.
+        new = _EventFd(fds[0]) if fds[0] >= 0 else None
+        self._drop_unmask()
+        if new is not None:
+            scope = trio.CancelScope()
+            self._unmask = (new, scope)
+            self.nursery.start_soon(self._listen, new, scope)
 
     async def _listen(self, trigger: _EventFd, scope: trio.CancelScope) -> None:
         """Whoever writes the eventfd unmasks INTx.

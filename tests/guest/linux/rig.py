@@ -59,6 +59,23 @@ class Rig:
         """The rig ``$PVFIO_RIG`` names. Raises ``KeyError`` where ``missing`` has a reason."""
         return cls(Path(os.environ["PVFIO_RIG"]))
 
+    @property
+    def kernel(self) -> tuple[Path, Path]:
+        """The guest's kernel, and its initial RAM disk."""
+        return _built() / "kernel" / "vmlinuz", _built() / "initrd.gz"
+
+    def link_qemu(self, path: Path) -> None:
+        """Makes ``path`` a program that is the rig's QEMU, which runs on libraries of its own."""
+        root = Path(os.environ.get("RIG_CHROOT") or f"{_built()}.chroot")
+        libraries = root / "usr/lib/x86_64-linux-gnu"
+        path.write_text(
+            f"""#!/bin/sh
+QEMU_MODULE_DIR={libraries}/qemu exec {root}/lib64/ld-linux-x86-64.so.2 --library-path {libraries} \\
+    {root}/usr/bin/qemu-system-x86_64 -L {root}/usr/share/qemu -L {root}/usr/share/seabios "$@"
+"""
+        )
+        path.chmod(0o755)
+
     def run(
         self,
         program: str,
@@ -85,8 +102,16 @@ class Rig:
         for socket in sockets or []:
             command += ["--vfio-user", str(socket)]
         command += ["--", _PYTHON + " ".join([program, *arguments])]
+        # What is preloaded into this process is not for QEMU's libraries.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds + 30, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds + 30,
+            check=False,
+            env=environment,
         )
         console = work / "kept" / "console.log"
         log = console.read_text(errors="replace") if console.is_file() else ""
