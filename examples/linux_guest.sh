@@ -26,7 +26,7 @@ ${PVFIO:-pvfio} serve \
     --device "nvme,socket=$folder/nvme.sock,image=$folder/disk.img" \
     --device "dsa,socket=$folder/dsa.sock" >"$folder/serve.log" &
 server=$!
-until grep -q '^pvfio: ready' "$folder/serve.log"; do
+until grep -qs '^pvfio: ready' "$folder/serve.log"; do
     kill -0 "$server" # has it ended?
     sleep 0.1
 done

@@ -42,7 +42,7 @@ def test_with_qemu_options(rig: Rig, tmp_path: Path) -> None:
     """The rig's QEMU under the name a user's has; a guest that stops where it finds no root."""
     rig.link_qemu(tmp_path / "qemu-system-x86_64")
     kernel, initrd = rig.kernel
-    options = ["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
+    options = ["-machine", "accel=tcg", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
     options += [
         "-kernel",
         str(kernel),
