@@ -2,7 +2,9 @@
  * Engines: threads and inline runners (see engine.h).
  *
  * Steps run under the `run` mutex, so "no step runs" is "the mutex is free and somebody is pausing". `kicks` counts
- * announcements and is the futex word: a runner that saw the latest kick and found no work may sleep.
+ * announcements and is the futex word: a runner that saw the latest kick and found no work may sleep. Before that it spins
+ * for as long as has lately paid: up to LONGEST_SPIN_NS where work comes soon, hardly at all where it does not, and not at
+ * all on the processor on which who brings it runs.
  */
 #include "engine.h"
 
@@ -10,6 +12,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -19,7 +22,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SPIN_NS 10000
+#define LONGEST_SPIN_NS 40000
+#define SHORTEST_SPIN_NS 1000
 #define FOREVER UINT64_MAX
 /* Polling: looks all the time for so long after work, then after sleeps of an eighth of the time that there was none. */
 #define POLL_SPIN_NS 30000
@@ -34,6 +38,7 @@ struct pv_engine {
     pthread_t thread;
     pthread_mutex_t run;
     _Atomic uint32_t kicks;
+    _Atomic int kicked_on; /* the processor, -1: none yet */
     _Atomic uint32_t sleeping;
     _Atomic uint32_t leaving;
     _Atomic uint32_t pausing;
@@ -42,6 +47,7 @@ struct pv_engine {
     _Atomic uint64_t wake_at; /* 0: never */
     _Atomic uint64_t gates, sleeps;
     int stop_fd;
+    uint64_t spin_ns; /* the runner's */
 };
 
 static uint64_t now_ns(void)
@@ -125,12 +131,18 @@ static void sleep_until_kicked(struct pv_engine *e, uint32_t seen, uint64_t long
 
 static void idle(struct pv_engine *e, uint32_t seen)
 {
-    uint64_t until = now_ns() + SPIN_NS;
+    const uint64_t begin = now_ns();
+    const bool alone = sched_getcpu() != atomic_load_explicit(&e->kicked_on, memory_order_relaxed);
+    const uint64_t spin = alone ? e->spin_ns : 0;
     do {
         if (is_kicked(e, seen))
             return;
-    } while (now_ns() < until);
+    } while (now_ns() - begin < spin);
     sleep_until_kicked(e, seen, FOREVER);
+    if (now_ns() - begin <= LONGEST_SPIN_NS)
+        e->spin_ns = LONGEST_SPIN_NS;
+    else if (e->spin_ns > SHORTEST_SPIN_NS)
+        e->spin_ns /= 2;
 }
 
 /* Nobody may ever kick: the next look is soon after work, later the longer there was none. */
@@ -199,7 +211,9 @@ struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, 
     e->device = device;
     e->kind = kind;
     e->poll_ns = poll_ns;
+    e->spin_ns = LONGEST_SPIN_NS;
     atomic_init(&e->stop_in, -1);
+    atomic_init(&e->kicked_on, -1);
     pthread_mutex_init(&e->run, NULL);
     e->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (e->stop_fd < 0 || (kind == PV_ENGINE_THREAD && pv_start_thread(&e->thread, run_thread, e))) {
@@ -211,6 +225,8 @@ struct pv_engine *pv_engine_create(pv_engine_step step, void *device, int kind, 
 
 void pv_engine_kick(struct pv_engine *e)
 {
+    if (e->kind == PV_ENGINE_THREAD)
+        atomic_store_explicit(&e->kicked_on, sched_getcpu(), memory_order_relaxed);
     atomic_fetch_add(&e->kicks, 1);
     if (e->kind == PV_ENGINE_INLINE)
         run_inline(e);

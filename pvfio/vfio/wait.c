@@ -2,10 +2,12 @@
 #include "wait.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <time.h>
 
 #define SPIN_NS 5000
+#define ALONE_NS 4000 /* after that, what is waited for may need this very processor */
 #define RUN_SPIN_NS 50000 /* who polls a ring has nothing else to do; the shortest sleep takes longer than most commands */
 #define FIRST_SLEEP_NS 10000
 #define LONGEST_SLEEP_NS 1000000
@@ -31,6 +33,7 @@ struct pace {
     uint64_t timeout;
     uint64_t spin;
     uint64_t sleep;
+    uint64_t yield;
 };
 
 /* Lets time pass between two looks; false when there is none left. */
@@ -45,6 +48,10 @@ static bool pace_step(struct pace *pace)
     if (elapsed >= pace->timeout)
         return false;
     if (elapsed < pace->spin) {
+        if (elapsed >= (pace->yield ? pace->yield : ALONE_NS)) {
+            pace->yield = 2 * elapsed;
+            sched_yield();
+        }
         for (int i = 0; i < 8; i++)
             cpu_relax();
         return true;
