@@ -36,6 +36,7 @@ __all__ = ["Engine", "Place"]
 _SPIN_NS: Final = 20_000
 _TURN_NS: Final = 500_000  # how long a job runs before others do
 _EAGER: Final = 16  # looks before sleeping
+_LEAD_NS: Final = 20_000  # waking may take longer
 
 
 class _Source(Protocol):
@@ -98,6 +99,7 @@ class Engine:
         self._pace = Pace(job, np.random.default_rng([seed, 1]))
         self._turn_ns = _TURN_NS if alone else _TURN_NS // 4
         self._limits = LatencyLimits(job)
+        self._spin_ns, self._looks, self._lead_ns = (_SPIN_NS, _EAGER, _LEAD_NS) if queue.eager else (0, 0, 0)
         self._stopped = False
         self._stopping = trio.Event()
         self._filling = True
@@ -245,7 +247,7 @@ class Engine:
             if now - turn > self._turn_ns or (idle and not self.inflight):
                 await self._rest(now, more)
                 turn, idle = time.perf_counter_ns(), 0
-            elif idle > _EAGER and self.inflight:
+            elif idle > self._looks and self.inflight:
                 await self._sleep_for_some(now, more)
                 turn, idle = time.perf_counter_ns(), 0
 
@@ -262,8 +264,8 @@ class Engine:
         """Lets others run; until the next I/O is due, where nothing is in flight."""
         if more and self._pace.active and not self.inflight:
             due = self._pace.next_time(now)
-            if due > now + 50_000:
-                with trio.move_on_after((due - now - 20_000) / 1e9):
+            if due > now + 2 * self._lead_ns:
+                with trio.move_on_after((due - now - self._lead_ns) / 1e9):
                     await self._stopping.wait()
                 return
         await trio.lowlevel.checkpoint()
@@ -364,7 +366,7 @@ class Engine:
         least = max(1, self.inflight // 2, min(self.job.batch_complete_min, self.inflight))
         if self._most is not None:
             least = min(least, self._most)
-        slots, status, failed = self.queue.reap(least, _SPIN_NS, self._most)
+        slots, status, failed = self.queue.reap(least, self._spin_ns, self._most)
         self._complete(slots, status, failed)
         return len(slots)
 

@@ -32,11 +32,14 @@ Done = tuple[NDArray[np.intp], NDArray[np.uint16], int]
 
 
 class IoQueue(Protocol):
-    """What a job needs of a queue. Offsets are from the beginning of the namespace."""
+    """What a job needs of a queue. Offsets are from the beginning of the namespace. ``eager``: completions are looked
+    for before they are waited for.
+    """
 
     buffer: NDArray[np.uint8]
     stride: int
     block_size: int
+    eager: bool
 
     def submit(self, ios: Ios, slots: NDArray[np.intp]) -> None:
         """Begins I/O; there is a free slot for each."""
@@ -61,6 +64,8 @@ class IoQueue(Protocol):
 
 class NullQueue:
     """Everything completes when it is looked for, and nothing is moved."""
+
+    eager = True
 
     def __init__(self, depth: int, stride: int, block_size: int = 1) -> None:
         self.buffer: NDArray[np.uint8] = np.zeros(depth * stride, dtype=np.uint8)
@@ -112,6 +117,7 @@ class NvmeQueue:
         self.buffer = np.asarray(buffer)
         self.stride = stride
         self.block_size = block_size
+        self.eager = pair.completion != "interrupt"
         self._pair = pair
         self._nsid = nsid
         self._timeout = timeout
