@@ -100,17 +100,26 @@ class Command:
 
         A reset ends the handler here. Cancelled: the data moves all the same.
         """
-        await self._transfer(ffi.from_buffer(data), len(data), to_host=True)
+        await self._transfer(self.raw, ffi.from_buffer(data), len(data), to_host=True)
 
     async def from_host(self, size: int) -> bytes:
         """Data of the host. As ``to_host``."""
         data = bytearray(size)
-        await self._transfer(ffi.from_buffer(data, require_writable=True), size, to_host=False)
+        await self._transfer(self.raw, ffi.from_buffer(data, require_writable=True), size, to_host=False)
         return bytes(data)
 
-    async def _transfer(self, data: Any, size: int, *, to_host: bool) -> None:
+    async def reaches(self, address: int, size: int) -> bool:
+        """Whether bytes of a page can be read. As ``to_host``."""
+        raw = ffi.new("struct nvme_command *", {"prp1": address})
+        try:
+            await self._transfer(raw, ffi.new("uint8_t[]", size), size, to_host=False)
+        except AdminError:
+            return False
+        return True
+
+    async def _transfer(self, raw: Any, data: Any, size: int, *, to_host: bool) -> None:
         pointer = ffi.cast("void *", data)
-        transfer = partial(lib.pv_nvme_transfer, self._nvme, self.raw, pointer, size, to_host, self.resets)
+        transfer = partial(lib.pv_nvme_transfer, self._nvme, raw, pointer, size, to_host, self.resets)
         status = await trio.to_thread.run_sync(transfer) if self.apart else transfer()
         if status == -errno.ECANCELED or self.forgotten:
             raise _Forgotten

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["QueueCommands"]
 
 _CQE_SHIFT, _SQE_SHIFT = 4, 6
-_BYTE_PRP1, _BYTE_CDW10, _BYTE_CDW11 = 24, 40, 44
+_BYTE_PRP1, _BYTE_PRP2, _BYTE_CDW10, _BYTE_CDW11 = 24, 32, 40, 44
 _MOST: Final = 0xFFFF
 
 
@@ -123,9 +123,13 @@ class QueueCommands:
         aborted = lib.pv_nvme_abort(self._nvme, queue, cid) or (not queue and self._events.abort(cid))
         return 0 if aborted else 1
 
-    def _doorbell_buffers(self, command: Command) -> int:
+    async def _doorbell_buffers(self, command: Command) -> int:
+        """Invalid Field for pages that are not aligned or not there (Base 5.8)."""
         if not self._config.shadow_doorbells:
             raise AdminError(lib.NVME_SC_INVALID_OPCODE, 0)
+        for address, byte in ((command.prp1, _BYTE_PRP1), (command.prp2, _BYTE_PRP2)):
+            if not await command.reaches(address, self._config.doorbell_bytes):
+                raise AdminError(lib.NVME_SC_INVALID_FIELD, byte)
         if lib.pv_nvme_set_shadow(self._nvme, command.prp1, command.prp2):
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_PRP1)
         return 0

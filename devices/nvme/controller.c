@@ -223,6 +223,8 @@ void pv_nvme_disable(struct pv_nvme *nvme)
     nvme->next_sq = 0;
     nvme->held = false;
     nvme->shadow = nvme->event_index = 0;
+    nvme->switches = false;
+    memset(nvme->fresh, 0, sizeof(nvme->fresh));
     nvme->coalesce_threshold = 0;
     nvme->coalesce_ns = 0;
     nvme->write_through = false;
@@ -245,6 +247,7 @@ int pv_nvme_create_cq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t
     pv_engine_pause(nvme->engine);
     make_cq(nvme, id, base, size, interrupts, vector);
     pv_engine_unpause(nvme->engine);
+    pv_engine_kick(nvme->engine);
     return 0;
 }
 
@@ -263,6 +266,7 @@ int pv_nvme_create_sq(struct pv_nvme *nvme, uint32_t id, uint64_t base, uint32_t
     pv_engine_pause(nvme->engine);
     make_sq(nvme, id, base, size, cq, priority & 3);
     pv_engine_unpause(nvme->engine);
+    pv_engine_kick(nvme->engine);
     return 0;
 }
 
@@ -298,12 +302,11 @@ int pv_nvme_set_shadow(struct pv_nvme *nvme, uint64_t shadow, uint64_t event_ind
     if ((shadow | event_index) & (page - 1) || nvme->doorbell_bytes > page)
         return -EINVAL;
     pv_engine_pause(nvme->engine);
-    nvme_hear(nvme); /* what was rung before goes where it was rung */
-    nvme->shadow = shadow;
-    nvme->event_index = event_index;
-    for (uint32_t index = 2; index < 2 * PV_NVME_QUEUES; index++)
-        nvme_begin_shadow(nvme, index);
+    nvme->next_shadow = shadow;
+    nvme->next_event_index = event_index;
+    nvme->switches = true;
     pv_engine_unpause(nvme->engine);
+    pv_engine_kick(nvme->engine);
     return 0;
 }
 

@@ -219,10 +219,30 @@ static void tell_index(struct pv_nvme *nvme, uint32_t index)
 
 void nvme_begin_shadow(struct pv_nvme *nvme, uint32_t index)
 {
-    if (!is_shadowed(nvme, index) || !is_live(nvme, index))
-        return;
-    tell(nvme, nvme->shadow, index);
-    tell_index(nvme, index);
+    if (is_shadowed(nvme, index) && is_live(nvme, index))
+        nvme->fresh[index / 64] |= 1ull << index % 64;
+}
+
+static void switch_shadow(struct pv_nvme *nvme)
+{
+    nvme->switches = false;
+    nvme->shadow = nvme->next_shadow;
+    nvme->event_index = nvme->next_event_index;
+    for (uint32_t index = 2; index < 2 * PV_NVME_QUEUES; index++)
+        nvme_begin_shadow(nvme, index);
+}
+
+static void tell_fresh(struct pv_nvme *nvme)
+{
+    for (uint32_t word = 0; word < NVME_DOORBELL_WORDS; word++) {
+        for (; nvme->fresh[word]; nvme->fresh[word] &= nvme->fresh[word] - 1) {
+            uint32_t index = word * 64 + (uint32_t)__builtin_ctzll(nvme->fresh[word]);
+            if (!is_live(nvme, index))
+                continue;
+            tell(nvme, nvme->shadow, index);
+            tell_index(nvme, index);
+        }
+    }
 }
 
 /*
@@ -257,7 +277,11 @@ bool nvme_hear(struct pv_nvme *nvme)
     bool any = hear_rung(nvme);
     if (nvme->config.poll_doorbells && atomic_load_explicit(&nvme->decode, memory_order_relaxed))
         any |= hear_page(nvme);
-    if (nvme->shadow)
+    if (nvme->switches)
+        switch_shadow(nvme);
+    if (nvme->shadow) {
+        tell_fresh(nvme);
         any |= hear_shadow(nvme);
+    }
     return any;
 }

@@ -18,6 +18,7 @@
 #define NVME_MAX_WAITING 8192         /* commands in flight outside their queues */
 #define NVME_LATER 0x10000u           /* not a status: the command completes later */
 #define NVME_ENDED 0x20000u           /* beside a status: a rule ended the command, and it may be success */
+#define NVME_DOORBELL_WORDS ((2 * PV_NVME_QUEUES + 63) / 64)
 #define NVME_MAX_SGL_DESCRIPTORS 4096 /* of a command, whatever they describe */
 
 struct nvme_sq {
@@ -99,6 +100,9 @@ struct pv_nvme {
     _Atomic uint64_t rung[4]; /* SQs, then CQs, 128 bits each */
     uint32_t heard[2 * PV_NVME_QUEUES];
     uint64_t shadow, event_index;
+    bool switches; /* the engine will use these instead, once it has heard what was rung before */
+    uint64_t next_shadow, next_event_index;
+    uint64_t fresh[NVME_DOORBELL_WORDS]; /* shadow doorbells to be stored, a bit each */
 
     uint32_t page_shift;
     uint32_t ams, burst, weight[4], credit[4];
@@ -172,7 +176,10 @@ bool nvme_make_doorbells(struct pv_nvme *nvme);
 void nvme_drop_doorbells(struct pv_nvme *nvme);
 /* What was rung since the last call; whether anything was. */
 bool nvme_hear(struct pv_nvme *nvme);
-/* Where there are shadow doorbells: stores that of a queue and its event index, which the driver compares to ring. */
+/*
+ * Where there are shadow doorbells: that of a queue, and its event index, will be stored by the engine before it does
+ * anything else, and so before the command that made the queue completes.
+ */
 void nvme_begin_shadow(struct pv_nvme *nvme, uint32_t index);
 
 /* schedule.c */

@@ -130,7 +130,7 @@ class Sanitize:
         return 0
 
     def _exit_failure(self, unrestricted: bool) -> None:
-        """Only out of a failure in unrestricted completion mode (Base 5.24). SSTAT still says that the last one failed."""
+        """Only out of a failure in unrestricted completion mode (Base 5.24). SSTAT says that the last one failed."""
         if self._failure and not unrestricted:
             raise AdminError(lib.NVME_SC_SANITIZE_FAILED, _BYTE_CDW10)
         self._become(self._state, failure=False)

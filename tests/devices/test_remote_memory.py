@@ -56,6 +56,24 @@ async def test_nvme_leaves_the_trio_thread_free() -> None:
     assert far.answers > 20
 
 
+async def test_nvme_shadow_doorbells_leave_the_trio_thread_free() -> None:
+    """The engine reads and writes them, whoever configures them or makes a queue."""
+    far = Attentive(lambda: None)
+    async with running(namespaces=NAMESPACES, engine="thread", far=far) as rig:
+        shadow, index = rig.iova + 0x80000, rig.iova + 0x81000
+        with trio.fail_after(30):
+            assert (await rig.admin(lib.NVME_ADMIN_DBBUF, prp1=shadow, prp2=index)).status == 0
+            assert (await rig.admin(lib.NVME_ADMIN_DELETE_SQ, cdw10=1)).status == 0
+            assert (await rig.admin(lib.NVME_ADMIN_DELETE_CQ, cdw10=1)).status == 0
+            rig.memory[0x80008:0x80010] = 0xEE
+            rig.rings_of_io()
+            await rig.make_queues()
+            assert not rig.memory[0x80008:0x80010].any()
+            assert (await rig.admin(lib.NVME_ADMIN_DBBUF, prp1=shadow, prp2=1 << 40)).code == (
+                lib.NVME_SC_INVALID_FIELD
+            )
+
+
 async def test_admin_commands_that_change_queues_wait_elsewhere() -> None:
     """A read is kept waiting in the engine while an admin command wants the engine to pause."""
     rigs: list[Rig] = []

@@ -193,13 +193,10 @@ class TestShadowDoorbells:
             wait_for(lambda: len(rig.peek()) == 3)
             rig.reap()
             shadow, events = (rig.at(at, PAGE).view("<u4") for at in (SHADOW, EVENTS))
-            shadow[2:8] = 0xDEAD
+            shadow[2:8] = events[2:4] = 0xDEAD
             assert lib.pv_nvme_set_shadow(rig.nvme, SHADOW, EVENTS) == 0
-            assert shadow[2:8].tolist() == [
-                3,
-                3,
-                *[0xDEAD] * 4,
-            ]  # as the doorbells of the queues that are there
+            # As the doorbells of the queues that are there.
+            wait_for(lambda: [*shadow[2:8], *events[2:4]] == [3, 3, *[0xDEAD] * 4, 3, 3])
             rung = 0
             for batch in (1, 4, 30, 2, 60, 7):
                 old, cids = rig.tail[1], rig.fill(*reads(batch))
@@ -225,8 +222,10 @@ class TestShadowDoorbells:
         with Rig(kind) as rig:
             rig.memory_namespace()
             shadow, events = (rig.at(at, PAGE).view("<u4") for at in (SHADOW, EVENTS))
+            shadow[2:4] = events[2:4] = 0xDEAD
             assert lib.pv_nvme_set_shadow(rig.nvme, SHADOW, EVENTS) == 0
             for size in (5, batch):
+                wait_for(lambda: shadow[2:4].tolist() == events[2:4].tolist() == [0, 0])
                 old, cids = int(shadow[2]), rig.fill(*reads(size))
                 shadow[2] = rig.tail[1]
                 if (rig.tail[1] - int(events[2]) - 1) % 65536 < (rig.tail[1] - old) % 65536:
@@ -238,7 +237,6 @@ class TestShadowDoorbells:
                 wait_for(lambda: events[3] == shadow[3])
                 assert lib.pv_nvme_delete_sq(rig.nvme, 1) == lib.pv_nvme_delete_cq(rig.nvme, 1) == 0
                 rig.create(1)
-                assert shadow[2:4].tolist() == events[2:4].tolist() == [0, 0]
             assert not rig.events() & (BAD_VALUE | BAD_DOORBELL)
 
     @pytest.mark.parametrize(("shadow", "events"), [(SHADOW + 8, EVENTS), (SHADOW, EVENTS + 2048)])
@@ -246,11 +244,30 @@ class TestShadowDoorbells:
         with Rig() as rig:
             assert lib.pv_nvme_set_shadow(rig.nvme, shadow, events) < 0
 
-    def test_a_page_that_does_not_translate(self) -> None:
+    @pytest.mark.parametrize("kind", INLINE_AND_THREAD)
+    def test_what_was_rung_before_counts(self, kind: EngineKind) -> None:
+        """And is what the buffer begins with."""
+        with Rig(kind) as rig:
+            rig.memory_namespace()
+            shadow, events = (rig.at(at, PAGE).view("<u4") for at in (SHADOW, EVENTS))
+            shadow[2:4] = 9
+            rig.engine.pause()
+            cids = rig.submit(*reads(3))
+            assert lib.pv_nvme_set_shadow(rig.nvme, SHADOW, EVENTS) == 0
+            rig.engine.unpause()
+            completions(rig, 3)
+            assert [int(entry["cid"]) for entry in rig.peek()] == cids
+            assert (shadow[2:4].tolist(), events[2:4].tolist()) == ([3, 0], [3, 0])
+
+    @pytest.mark.parametrize("page", [SHADOW, EVENTS])
+    def test_a_page_that_does_not_translate_any_more(self, page: int) -> None:
         with Rig() as rig:
             rig.memory_namespace()
             assert lib.pv_nvme_set_shadow(rig.nvme, 0, EVENTS) == 0
-            assert lib.pv_nvme_set_shadow(rig.nvme, 2**40, EVENTS) == 0
+            assert lib.pv_nvme_set_shadow(rig.nvme, SHADOW, EVENTS) == 0
+            assert not rig.events() & lib.PV_NVME_EVENT_FATAL
+            rig.at(SHADOW, PAGE).view("<u4")[2] = rig.tail[1] + 1
+            rig.unmap(page)
             rig.submit(command(READ))
             assert rig.events() & lib.PV_NVME_EVENT_FATAL
 

@@ -11,6 +11,7 @@ from pvfio.abi import lib
 from pvfio.devices.nvme import NvmeConfig
 from pvfio.silicon import EngineKind
 from tests.devices.nvme.rig import PLACES, Place, running
+from tests.devices.nvme.rig import SIZE as SIZE_OF_MEMORY
 
 pytestmark = pytest.mark.touches_c
 
@@ -105,10 +106,40 @@ async def test_shadow_doorbells(place: Place, engine: EngineKind) -> None:
         assert rig.memory[BASE + 4096 + 8] == rig.io_ring.tail
 
 
-@pytest.mark.parametrize("fields", [{"prp1": 0x100800}, {"prp2": 0x100004}])
-async def test_shadow_doorbells_are_whole_pages(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("place", "engine"), PLACES)
+async def test_shadow_doorbells_of_a_queue_that_is_made_again(place: Place, engine: EngineKind) -> None:
+    """They are zero before the queue is there: nothing that is left in the buffer counts."""
+    async with running(place=place, engine=engine) as rig:
+        shadow, index = rig.iova + BASE, rig.iova + BASE + 4096
+        assert (await rig.admin(lib.NVME_ADMIN_DBBUF, prp1=shadow, prp2=index)).status == 0
+        values = rig.memory[BASE + 8 : BASE + 16].view("<u4")
+        for _ in range(2):
+            assert values.tolist() == [0, 0]
+            for _ in range(3):
+                cid = rig.push(rig.io_ring, lib.NVME_CMD_READ, nsid=1, prp1=rig.iova + 0x10000)
+            values[0] = rig.io_ring.tail
+            rig.doorbell(1, rig.io_ring.tail)
+            with trio.fail_after(30):
+                while cid not in rig.io_ring.done:
+                    rig.io_ring.collect()
+                    await trio.lowlevel.checkpoint()
+            values[1] = rig.io_ring.head
+            rig.doorbell(1, rig.io_ring.head, completion=True)
+            await rig.settle()
+            assert (await rig.admin(DELETE_SQ, cdw10=1)).status == 0
+            assert (await rig.admin(DELETE_CQ, cdw10=1)).status == 0
+            assert values.tolist() == [3, 3]
+            rig.rings_of_io()
+            await rig.make_queues()
+
+
+@pytest.mark.parametrize("field", ["prp1", "prp2"])
+@pytest.mark.parametrize("address", [0x100800, 0x180004, 1 << 40, 0x100000 + SIZE_OF_MEMORY])
+async def test_shadow_doorbells_are_pages_that_are_there(field: str, address: int) -> None:
     async with running() as rig:
+        fields: dict[str, Any] = {field: address}
         assert (await rig.admin(lib.NVME_ADMIN_DBBUF, **fields)).code == INVALID
+        assert not rig.csts & lib.NVME_CSTS_CFS
 
 
 async def test_no_shadow_doorbells_with_a_wide_stride() -> None:
