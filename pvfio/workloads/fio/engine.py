@@ -13,19 +13,19 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from pvfio.workloads.fio.checksums import fill_random
+from pvfio.workloads.fio.contents import fill, refill
 from pvfio.workloads.fio.job import READ, WRITE, Job
 from pvfio.workloads.fio.latency import LatencyLimits, Step
 from pvfio.workloads.fio.outcome import Outcome, Place
 from pvfio.workloads.fio.overlap import Overlaps
 from pvfio.workloads.fio.pace import Pace
-from pvfio.workloads.fio.plan import Ios, Plan
+from pvfio.workloads.fio.plan import Ios, Known, Plan, Source
 from pvfio.workloads.fio.queue import IoQueue
 from pvfio.workloads.fio.record import Recorder
 from pvfio.workloads.fio.stats import JobStats, Usage
@@ -37,29 +37,6 @@ _SPIN_NS: Final = 20_000
 _TURN_NS: Final = 500_000  # how long a job runs before others do
 _EAGER: Final = 16  # looks before sleeping
 _LEAD_NS: Final = 20_000  # waking may take longer
-
-
-class _Source(Protocol):
-    def take(self, count: int) -> Ios: ...
-
-    def untake(self, count: int) -> None: ...
-
-
-class _List:
-    """I/O that is known beforehand: what was written, to be read."""
-
-    def __init__(self, ios: Ios, numbers: NDArray[np.int64]) -> None:
-        self._ios = Ios(np.full(len(ios), READ, dtype=np.uint8), ios.offset, ios.length)
-        self.numbers = numbers
-        self.position = 0
-
-    def take(self, count: int) -> Ios:
-        found = self._ios.part(self.position, self.position + count)
-        self.position += len(found)
-        return found
-
-    def untake(self, count: int) -> None:
-        self.position -= count
 
 
 class Engine:
@@ -142,7 +119,8 @@ class Engine:
     async def run(self) -> None:
         """From the first I/O to the last check. Errors of the device are in the statistics, not raised."""
         job = self.job
-        self._fill_buffers()
+        if job.mode.writes and self._verifier is None:
+            fill(job, self.queue.buffer, self._seed)
         before = Usage.now()
         begin = time.perf_counter_ns()
         self.recorder.restart(begin)
@@ -199,7 +177,7 @@ class Engine:
         overlaps, self._overlaps = self._overlaps, None
         self._pace.active, active = False, self._pace.active
         try:
-            await self._phase(_List(ios, numbers))
+            await self._phase(Known(ios, numbers))
         finally:
             self._checking = self._reading_back = False
             self._deadline, self._overlaps, self._pace.active = deadline, overlaps, active
@@ -213,22 +191,9 @@ class Engine:
         for direction in self.job.directions:
             self.stats.directions[direction].runtime += elapsed
 
-    def _fill_buffers(self) -> None:
-        job, buffer = self.job, self.queue.buffer
-        if not job.mode.writes or self._verifier is not None:
-            return
-        if job.zero_buffers:
-            buffer[:] = 0
-        elif job.buffer_pattern is not None:
-            data = job.buffer_pattern.data
-            buffer[:] = np.frombuffer(data * (-(-len(buffer) // len(data))), dtype=np.uint8)[: len(buffer)]
-        else:
-            size = np.array([len(buffer)], dtype=np.uint64)
-            fill_random(buffer, np.zeros(1, dtype=np.uint64), size, np.array([self._seed], dtype=np.uint64))
-
     # One phase
 
-    async def _phase(self, source: _Source) -> None:
+    async def _phase(self, source: Source) -> None:
         """Issues what the source has, until it has nothing more, time is up or an error stops the job."""
         more, idle = True, 0
         turn = time.perf_counter_ns()
@@ -279,7 +244,7 @@ class Engine:
             slots, status, failed = await self.queue.wait(self._most)
             self._complete(slots, status, failed)
 
-    async def _issue(self, source: _Source, now: int) -> bool:
+    async def _issue(self, source: Source, now: int) -> bool:
         """Submits what may be submitted; whether there may be more."""
         count = self._free_count
         if self._limits.depth < self.job.iodepth and not self._reading_back:
@@ -317,7 +282,7 @@ class Engine:
             allowed = self._overlaps.independent(ios.part(0, allowed))
         return allowed
 
-    def _submit(self, source: _Source, ios: Ios, now: int) -> None:
+    def _submit(self, source: Source, ios: Ios, now: int) -> None:
         count = len(ios)
         self._free_count -= count
         slots = self._free[self._free_count : self._free_count + count].copy()
@@ -336,11 +301,11 @@ class Engine:
         if self.job.fsync or self.job.fdatasync:
             self._since_flush += int(np.count_nonzero(ios.direction == WRITE))
 
-    def _prepare(self, source: _Source, ios: Ios, slots: NDArray[np.intp]) -> None:
+    def _prepare(self, source: Source, ios: Ios, slots: NDArray[np.intp]) -> None:
         """What is written, and what is expected of what is read."""
         if self._overlaps is not None:
             self._overlaps.begin(ios)
-        if isinstance(source, _List):
+        if isinstance(source, Known):
             self._number[slots] = source.numbers[source.position - len(ios) : source.position]
             return
         if self._written is not None and self._verifier is not None:
@@ -349,10 +314,8 @@ class Engine:
                 mine = _chosen(ios, writes)
                 self._verifier.stamp(self._starts(slots[writes]), mine, self._written.add(mine))
         elif self.job.refill_buffers and self.job.mode.writes:
-            seeds = np.random.default_rng([self._seed, self.stats.submits.sum()]).integers(
-                1, 1 << 63, len(slots), dtype=np.uint64
-            )
-            fill_random(self.queue.buffer, self._starts(slots), ios.length, seeds)
+            seed = (self._seed, int(self.stats.submits.sum()))
+            refill(self.queue.buffer, self._starts(slots), ios.length, seed)
 
     def _starts(self, slots: NDArray[np.intp]) -> NDArray[np.uint64]:
         return slots.astype(np.uint64) * np.uint64(self.queue.stride)

@@ -10,7 +10,7 @@ relative to the beginning of the job's file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pvfio.workloads.fio.distribution import Blocks, Shuffle, make_blocks
 from pvfio.workloads.fio.job import READ, TRIM, WRITE, Job
 
-__all__ = ["Ios", "Plan"]
+__all__ = ["Ios", "Known", "Plan", "Source"]
 
 _CHUNK: Final = 8192
 _MOST_PIECES: Final = 1 << 26
@@ -38,6 +38,36 @@ class Ios:
     def part(self, start: int, end: int | None = None) -> Ios:
         """Some of them."""
         return Ios(self.direction[start:end], self.offset[start:end], self.length[start:end])
+
+
+class Source(Protocol):
+    """Something that has I/O to do."""
+
+    def take(self, count: int) -> Ios:
+        """The next ones, at most ``count``, none at the end."""
+        ...
+
+    def untake(self, count: int) -> None:
+        """The last ``count`` that ``take`` gave come again."""
+
+
+class Known:
+    """Reads that are known beforehand: of what was written, and its ``numbers``. ``position``: how many were taken."""
+
+    def __init__(self, ios: Ios, numbers: NDArray[np.int64]) -> None:
+        self._ios = Ios(np.full(len(ios), READ, dtype=np.uint8), ios.offset, ios.length)
+        self.numbers = numbers
+        self.position = 0
+
+    def take(self, count: int) -> Ios:
+        """See ``Source``."""
+        found = self._ios.part(self.position, self.position + count)
+        self.position += len(found)
+        return found
+
+    def untake(self, count: int) -> None:
+        """See ``Source``."""
+        self.position -= count
 
 
 class Plan:
