@@ -164,9 +164,11 @@ static void *run_thread(void *arg)
     if (e->poll_ns)
         prctl(PR_SET_TIMERSLACK, 1000ul); /* else 50 us come on top of every sleep */
     idle(e, 0); /* no step before the first kick: the device may not have stored the engine yet */
-    while (!atomic_load(&e->leaving)) {
+    for (;;) {
         bool worked = false;
-        uint32_t seen = atomic_load(&e->kicks);
+        uint32_t seen = atomic_load(&e->kicks); /* before `leaving`: the kick that follows it is never taken for an old one */
+        if (atomic_load(&e->leaving))
+            return NULL;
         pthread_mutex_lock(&e->run);
         int said = run_steps(e, &worked);
         pthread_mutex_unlock(&e->run);
@@ -177,7 +179,6 @@ static void *run_thread(void *arg)
         else
             idle(e, seen);
     }
-    return NULL;
 }
 
 static void free_engine(struct pv_engine *e)

@@ -26,3 +26,10 @@ def test_no_race(name: str, sanitizer: str, tmp_path: Path) -> None:
     unmaps = max(UNMAPS, LEAST[sanitizer])
     raced = run(program, MILLISECONDS, unmaps, timeout=180 + unmaps / 50)
     assert not raced.returncode, raced.stdout + raced.stderr
+
+
+@pytest.mark.parametrize("sanitizer", LEAST)
+def test_busy_engines_end(sanitizer: str, tmp_path: Path) -> None:
+    program = build(Path(__file__).with_name("engine_end.c"), ROOMS, sanitizer, tmp_path)
+    ended = run(program, 3 * MILLISECONDS, timeout=120)
+    assert not ended.returncode, ended.stdout + ended.stderr
