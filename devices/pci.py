@@ -68,9 +68,11 @@ class PciFunction:
         self._pm = pci_layout.power_management(self.config)
         self._exp = pci_layout.express(self.config)
         self._msix_cap = 0
+        self._msix_bar, self._msix_pages = -1, range(0)
         if msix is not None:
             self._msix_cap = pci_layout.msix(self.config, msix, self._bars.get(msix.bar))
             self.msix = Msix(bus, msix.vectors)
+            self._msix_bar, self._msix_pages = msix.bar, range(msix.offset, msix.offset + msix.size)
         if ats:
             self._ats = pci_layout.ats(self.config)
         self.config.seal()
@@ -80,7 +82,8 @@ class PciFunction:
 
     def config_read(self, offset: int, size: int) -> int:
         """Reads 1, 2 or 4 bytes of configuration space. Raises ``OSError`` (EINVAL) for another size."""
-        _check_size(size, _CONFIG_SIZES)
+        if size not in _CONFIG_SIZES:
+            raise _bad_size(size)
         return self.config.read(offset, size)
 
     def config_write(self, offset: int, size: int, value: int) -> None:
@@ -89,7 +92,8 @@ class PciFunction:
 
         A set Initiate FLR bit resets before the call returns. Raises ``OSError`` (EINVAL) for another size.
         """
-        _check_size(size, _CONFIG_SIZES)
+        if size not in _CONFIG_SIZES:
+            raise _bad_size(size)
         power = self.config.get(self._pm + lib.PCI_PM_CTRL, 1)
         self.config.write(offset, size, value)
         state = self.config.get(self._pm + lib.PCI_PM_CTRL, 1) & lib.PCI_PM_CTRL_STATE_MASK
@@ -112,7 +116,7 @@ class PciFunction:
         """
         self._check(bar, offset, size)
         if not self._memory:
-            return int((1 << 8 * size) - 1)
+            return (1 << 8 * size) - 1
         if offset % size == 0:
             return self._read_aligned(bar, offset, size)
         step = offset & -offset
@@ -208,6 +212,11 @@ class PciFunction:
             return False
         return bool(self.config.get(self._msix_cap + lib.PCI_MSIX_FLAGS, 2) & lib.PCI_MSIX_FLAGS_ENABLE)
 
+    def stop_decoding(self) -> None:
+        """BARs read as ones and drop writes, and DMA ends as cancelled, until configuration space is written."""
+        self._memory = self._master = False
+        self._gate_dma()
+
     def cancel_dma(self, on: bool) -> None:
         """The device's own abort: DMA ends as cancelled until it is switched off again, or by reset.
 
@@ -288,22 +297,16 @@ class PciFunction:
             self._intx(level)
 
     def _check(self, bar: int, offset: int, size: int) -> None:
-        _check_size(size, _ACCESS_SIZES)
+        if size not in _ACCESS_SIZES:
+            raise _bad_size(size)
         found = self._bars.get(bar)
         if found is None or not 0 <= offset <= found.size - size:
             raise OSError(errno.EINVAL, f"BAR {bar}: {offset:#x}+{size} is outside")
 
-    def _msix_register(self, bar: int, offset: int) -> int:
-        """The offset inside the MSI-X pages, -1 outside them."""
-        layout = self.msix_layout
-        if layout is None or bar != layout.bar or not 0 <= offset - layout.offset < layout.size:
-            return -1
-        return offset - layout.offset
-
     def _read_aligned(self, bar: int, offset: int, size: int) -> int:
-        at = self._msix_register(bar, offset)
-        if at < 0 or self.msix is None or self.msix_layout is None:
+        if offset not in self._msix_pages or bar != self._msix_bar:
             return self.mmio_read(bar, offset, size)
+        at = offset - self._msix_pages.start
         # Loads of 1 and 2 bytes are not defined for MSI-X structures; they read as a part of the word.
         width = max(size, 4)
         word = self._msix_word(at // width * width, width)
@@ -321,13 +324,14 @@ class PciFunction:
         return 0
 
     def _write_aligned(self, bar: int, offset: int, size: int, value: int) -> None:
-        at = self._msix_register(bar, offset)
-        if at < 0 or self.msix is None or self.msix_layout is None:
+        if offset not in self._msix_pages or bar != self._msix_bar:
             self.mmio_write(bar, offset, size, value)
-        elif size >= 4 and at < self.msix_layout.pba - self.msix_layout.offset:
-            self.msix.table_write(at, size, value)
+            return
+        assert self.msix is not None
+        assert self.msix_layout is not None
+        if size >= 4 and offset < self.msix_layout.pba:
+            self.msix.table_write(offset - self._msix_pages.start, size, value)
 
 
-def _check_size(size: int, allowed: frozenset[int]) -> None:
-    if size not in allowed:
-        raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: an access of {size} bytes")
+def _bad_size(size: int) -> OSError:
+    return OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: an access of {size} bytes")

@@ -301,7 +301,7 @@ class NvmeDevice(FaultHooks, PciFunction):
     def remove(self) -> None:
         """Surprise removal: nothing answers any more, loads give ones, no DMA and no interrupt follows. For good."""
         self._gone = True
-        self.cancel_dma(True)
+        self.stop_decoding()
         lib.pv_nvme_decode(self._nvme, 0)
         lib.pv_nvme_disable(self._nvme)
         self.set_intx(False)
@@ -323,16 +323,6 @@ class NvmeDevice(FaultHooks, PciFunction):
         if not self._gone:
             super().config_write(offset, size, value)
             self._choose_pin()
-
-    def read(self, bar: int, offset: int, size: int) -> int:
-        """Ones where the device is gone."""
-        value = super().read(bar, offset, size)
-        return (1 << 8 * size) - 1 if self._gone else value
-
-    def write(self, bar: int, offset: int, size: int, value: int) -> None:
-        """Dropped where the device is gone."""
-        if not self._gone:
-            super().write(bar, offset, size, value)
 
     def function_level_reset(self) -> None:
         """A device that is gone does not come back by it."""

@@ -6,6 +6,7 @@ controller memory buffer, boot partitions, the persistent memory region: their r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -31,7 +32,7 @@ _WRITABLE_CC: Final[int] = (
     | lib.NVME_CC_CRIME
 )
 _AQA_MASK: Final[int] = lib.NVME_AQA_ASQS_MASK | lib.NVME_AQA_ACQS_MASK
-_WIDE: Final = (lib.NVME_REG_CAP, lib.NVME_REG_ASQ, lib.NVME_REG_ACQ)
+_LOW: Final = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Registers:
 
     def __init__(self, config: NvmeConfig, owner: Owner) -> None:
         self._config = config
+        self._cap = config.cap
         self._owner = owner
         self.subsystem_was_reset = False
         self.safe = True
@@ -122,30 +124,19 @@ class Registers:
         """A load."""
         if size not in (4, 8) or offset % 4:
             return 0
-        low = self._read32(offset)
-        return low if size == 4 else low | self._read32(offset + 4) << 32
+        low = _READS.get(offset)
+        value = 0 if low is None else low(self)
+        if size == 8 and (high := _READS.get(offset + 4)) is not None:
+            value |= high(self) << 32
+        return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A store; one of 8 bytes is made of its two halves, the low one first."""
         if size not in (4, 8) or offset % 4:
             return
-        self._write32(offset, value & 0xFFFFFFFF)
+        self._write32(offset, value & _LOW)
         if size == 8:
             self._write32(offset + 4, value >> 32)
-
-    def _read32(self, offset: int) -> int:
-        for wide, value in zip(_WIDE, (self._config.cap, self.asq, self.acq), strict=True):
-            if offset in (wide, wide + 4):
-                return int(value >> 8 * (offset - wide) & 0xFFFFFFFF)
-        narrow = {
-            lib.NVME_REG_VS: lib.NVME_VS_2_0,
-            lib.NVME_REG_INTMS: self.interrupt_mask,
-            lib.NVME_REG_INTMC: self.interrupt_mask,
-            lib.NVME_REG_CC: self.cc,
-            lib.NVME_REG_CSTS: self.csts,
-            lib.NVME_REG_AQA: self.aqa,
-        }
-        return int(narrow.get(offset, 0))
 
     def _write32(self, offset: int, value: int) -> None:
         if offset == lib.NVME_REG_CC:
@@ -222,3 +213,20 @@ class Registers:
 def _half(whole: int, byte: int, value: int) -> int:
     shift = 8 * byte
     return whole & ~(0xFFFFFFFF << shift) | value << shift
+
+
+_READS: Final[dict[int, Callable[[Registers], int]]] = {
+    lib.NVME_REG_CAP: lambda self: self._cap & _LOW,
+    lib.NVME_REG_CAP + 4: lambda self: self._cap >> 32,
+    lib.NVME_REG_VS: lambda _: int(lib.NVME_VS_2_0),
+    lib.NVME_REG_INTMS: lambda self: self.interrupt_mask,
+    lib.NVME_REG_INTMC: lambda self: self.interrupt_mask,
+    lib.NVME_REG_CC: lambda self: self.cc,
+    lib.NVME_REG_CSTS: lambda self: self.csts,
+    lib.NVME_REG_AQA: lambda self: self.aqa,
+    lib.NVME_REG_ASQ: lambda self: self.asq & _LOW,
+    lib.NVME_REG_ASQ + 4: lambda self: self.asq >> 32,
+    lib.NVME_REG_ACQ: lambda self: self.acq & _LOW,
+    lib.NVME_REG_ACQ + 4: lambda self: self.acq >> 32,
+}
+"""The 32-bit registers that do not read zero."""

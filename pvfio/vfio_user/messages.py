@@ -27,6 +27,7 @@ from pvfio.vfio_user.wire import (
     command_name,
     layout,
     unpack,
+    wrong_size,
 )
 
 __all__ = [
@@ -187,8 +188,12 @@ def region_access(offset: int, region: int, count: int, data: Body = b"") -> byt
 
 def parse_region_read(body: Body, most: int) -> tuple[int, int, int]:
     """(offset, region, count) of a REGION_READ request. EINVAL for a length, or a count not of 1 to ``most``."""
-    offset, region, count = unpack(_REGION_ACCESS, body, exact=True)
-    check_count(count, most)
+    try:
+        offset, region, count = _REGION_ACCESS.unpack(body)
+    except struct.error:
+        raise wrong_size(_REGION_ACCESS, body) from None
+    if not 0 < count <= most:
+        check_count(count, most)
     return offset, region, count
 
 

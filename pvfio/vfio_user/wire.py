@@ -26,6 +26,7 @@ __all__ = [
     "command_name",
     "layout",
     "unpack",
+    "wrong_size",
 ]
 
 Body = bytes | bytearray | memoryview
@@ -87,8 +88,12 @@ def command_name(command: int) -> str:
 def unpack(form: struct.Struct, body: Body, *, exact: bool = False) -> tuple[int, ...]:
     """The fixed part of a body. EINVAL for one that is too short, or with ``exact`` too long."""
     if len(body) < form.size or (exact and len(body) != form.size):
-        raise WireError(errno.EINVAL, f"a body of {len(body)} bytes instead of {form.size}")
+        raise wrong_size(form, body)
     return form.unpack_from(body)
+
+
+def wrong_size(form: struct.Struct, body: Body) -> WireError:
+    return WireError(errno.EINVAL, f"a body of {len(body)} bytes instead of {form.size}")
 
 
 def check_argsz(argsz: int, form: struct.Struct) -> None:

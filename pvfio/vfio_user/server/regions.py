@@ -144,14 +144,9 @@ class Regions:
         """REGION_READ. EINVAL outside the region."""
         if index == _CONFIG:
             return self._config_read(offset, size)
-        self._check(index, offset, size)
-        if size in _WIDTHS and offset % size == 0:
-            return self._read_piece(index, offset, size).to_bytes(size, "little")
-        parts = [
-            self._read_piece(index, at, width).to_bytes(width, "little")
-            for at, width in _pieces(offset, size, 8)
-        ]
-        return b"".join(parts)
+        if size in _WIDTHS and not offset % size:
+            return self._read_piece(index, offset, size)
+        return b"".join([self._read_piece(index, at, width) for at, width in _pieces(offset, size, 8)])
 
     def write(self, index: int, offset: int, data: memoryview | bytes) -> None:
         """REGION_WRITE. EINVAL outside the region."""
@@ -174,11 +169,13 @@ class Regions:
 
     # BARs
 
-    def _read_piece(self, index: int, offset: int, width: int) -> int:
-        at = offset - self._table_at
-        if index == self._table_bar and 0 <= at < len(self._table):
-            return int.from_bytes(self._table[at : at + width], "little")
-        return self._function.read(index, offset, width)
+    def _read_piece(self, index: int, offset: int, width: int) -> bytes:
+        if index == self._table_bar and 0 <= (at := offset - self._table_at) < len(self._table):
+            return bytes(self._table[at : at + width])
+        try:
+            return self._function.read(index, offset, width).to_bytes(width, "little")
+        except OSError as error:
+            raise WireError(errno.EINVAL, str(error)) from None
 
     def _table_write(self, index: int, offset: int, data: memoryview | bytes) -> bool:
         at = offset - self._table_at

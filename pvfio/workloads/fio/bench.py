@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pvfio.drivers.nvme import NvmeDriver, QueuePair
     from pvfio.vfio import DmaBuffer
 
-__all__ = ["DEPTHS", "ORIENTATION", "SIZE", "Bench", "Figure", "measure"]
+__all__ = ["DEPTHS", "ORIENTATION", "SIZE", "Bench", "Figure", "fill", "measure", "turn", "turn_of_one"]
 
 DEPTHS: Final = (1, 32, 128)
 SIZE: Final = 4096
@@ -72,7 +72,7 @@ class Bench:
     awaited_write: float
 
 
-def _turn(
+def turn(
     pair: QueuePair,
     opcode: int,
     nsid: int,
@@ -102,8 +102,8 @@ def _turn(
     return time.perf_counter() - began
 
 
-def _turn_of_one(pair: QueuePair, opcode: int, nsid: int, blocks: int, lbas: list[int], iova: int) -> float:
-    """As ``_turn`` with one command in flight, in plain numbers."""
+def turn_of_one(pair: QueuePair, opcode: int, nsid: int, blocks: int, lbas: list[int], iova: int) -> float:
+    """As ``turn`` with one command in flight, in plain numbers."""
     began = time.perf_counter()
     for lba in lbas:
         pair.submit_one_nowait(opcode, nsid, lba, blocks, iova)
@@ -158,7 +158,7 @@ async def measure(nvme: NvmeDriver, *, rounds: int = 15, advance: Callable[[], N
     memory = mmap.mmap(-1, _WORKING_SET, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)  # as the namespace's is
     try:
-        await _fill(pair, nsid, namespace.block_size, buffer)
+        await fill(pair, nsid, namespace.block_size, buffer, _WORKING_SET)
         np.frombuffer(memory, dtype=np.uint8)[:] = 1
         return await _measure(nvme, nsid, buffer, memory, rounds, advance or (lambda: None))
     finally:
@@ -168,10 +168,10 @@ async def measure(nvme: NvmeDriver, *, rounds: int = 15, advance: Callable[[], N
             await container.free(buffer)
 
 
-async def _fill(pair: QueuePair, nsid: int, block: int, buffer: DmaBuffer) -> None:
-    """Every page of the namespace is there before anything is measured."""
+async def fill(pair: QueuePair, nsid: int, block: int, buffer: DmaBuffer, total: int) -> None:
+    """Writes ``total`` bytes from a buffer of 64 KiB or more: their pages are there before anything is measured."""
     size = 1 << 16
-    offsets = np.arange(0, _WORKING_SET, size, dtype=np.uint64)
+    offsets = np.arange(0, total, size, dtype=np.uint64)
     iovas = np.full(len(offsets), buffer.iova, dtype=np.uint64)
     await pair.transfer(lib.NVME_CMD_WRITE, nsid, offsets // np.uint64(block), size // block, iovas)
 
@@ -202,9 +202,9 @@ async def _measure(
                 )
                 lbas = offsets // np.uint64(block)
                 if depth == 1:
-                    device = _turn_of_one(pair, opcode, nsid, SIZE // block, lbas.tolist(), int(iovas[0]))
+                    device = turn_of_one(pair, opcode, nsid, SIZE // block, lbas.tolist(), int(iovas[0]))
                 else:
-                    device = _turn(pair, opcode, nsid, SIZE // block, lbas, iovas, depth)
+                    device = turn(pair, opcode, nsid, SIZE // block, lbas, iovas, depth)
                 loop = _loop(memory, private, offsets, depth, write)
                 if number:  # the first one warms caches up
                     pairs.append((device, loop))
