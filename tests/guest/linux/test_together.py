@@ -15,7 +15,7 @@ from tests.profiles import PROFILE
 NIGHTLY = PROFILE == "nightly"
 ITERATIONS = 1000 if NIGHTLY else 100
 
-_USUAL = re.compile(r"idxd 0000:00:11\.0: (No in-kernel DMA with PASID|Failed to initialize perfmon)")
+_USUAL = re.compile(r"idxd 0000:0[02]:(11|00)\.0: (No in-kernel DMA with PASID|Failed to initialize perfmon)")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ def test_two_disks_and_an_accelerator(iommu: str, options: list[str], rig: Rig, 
     assert [(int(thread["tests"]), int(thread["failures"])) for thread in facts["dmatest"][0]] == [
         (ITERATIONS, 0)
     ] * 2
+    assert len(facts["fio"]) == 2
     for job in facts["fio"]:
         assert (job["error"], job["verified"]) == (0, 4096)
         assert job["sectors"] == job["sectors_of_block_layer"]

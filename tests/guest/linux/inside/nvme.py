@@ -1,21 +1,23 @@
 """Linux's nvme driver, nvme-cli, fio and a file system on the controller at 00:10.0: ``nvme.py PART...``.
 
 Parts, in the order given: ``identity``, ``features``, ``commands``, ``resets``, ``format``,
-``maintenance``, ``zeroes``, ``fio SECONDS``, ``polled``, ``files``, ``files-again``; ``reboot``. Most overwrite
-namespace 1; ``maintenance`` deletes namespace 2.
+``maintenance``, ``zeroes``, ``fio SECONDS``, ``polled``, ``files``, ``files-again``. Most overwrite namespace 1;
+``maintenance`` deletes namespace 2. The last word may be ``reboot``, as a user would, or ``crash``: the machine is
+reset in the middle of writes to namespace 2.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from .report import Report, attempt, boots, reboot, run, tool_json, wait_for
+from .report import Report, attempt, boots, crash, reboot, run, tool_json, wait_for
 
 FUNCTION: Final = Path("/sys/bus/pci/devices/0000:00:10.0")
 _MIB: Final = 1 << 20
@@ -329,6 +331,17 @@ def _fio(device: Path, rw: str, depth: int, block: int, *words: str) -> dict[str
     }
 
 
+def _keep_writing(disk: Disk) -> None:
+    """Leaves behind a process that writes to namespace 2, and has begun."""
+    second = disk.namespaces(2)[0]
+    words = ("--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bs=64k", "--iodepth=32", "--size=32m")
+    subprocess.Popen(
+        ["fio", "--name=writer", f"--filename={second}", "--time_based", "--runtime=600", *words]
+    )
+    before = stat(second)[4]
+    wait_for(lambda: stat(second)[4] > before + 100, "writes to namespace 2")
+
+
 def _state(disk: Disk) -> str:
     return (Path("/sys/class/nvme") / disk.controller.name / "state").read_text().strip()
 
@@ -349,6 +362,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
         return device.read(size)
 
 
+_ENDS: Final = {"reboot": reboot, "crash": crash}
 PARTS: Final[dict[str, Callable[..., None]]] = {
     "identity": identity,
     "features": features,
@@ -369,15 +383,17 @@ def main(words: list[str]) -> None:
     words = boots(words)
     with Report() as facts:
         disk = Disk()
-        while words and words[0] != "reboot":
+        while words and words[0] not in _ENDS:
             part = words.pop(0)
             print(f"{part} ...", flush=True)
             if part == "fio":
                 fio(disk, facts, words.pop(0))
             else:
                 PARTS[part](disk, facts)
+        if words[:1] == ["crash"]:
+            _keep_writing(disk)
     if words:
-        reboot()
+        _ENDS[words[0]]()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""NVMe controllers at 00:10.0 and 00:12.0 and a DSA at 00:11.0, all working at once: ``pair.py ITERATIONS``."""
+"""Two NVMe controllers and a DSA, wherever they are plugged, all working at once: ``pair.py ITERATIONS``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from . import idxd, nvme
 from .report import Report
 
 _FUNCTIONS = Path("/sys/bus/pci/devices")
+_NVME = "0x010802"
 
 
 def main(iterations: str) -> None:
     """fio with crc32c on both disks, dmatest on two channels; where their DMA goes."""
     with Report() as facts:
-        disks = [nvme.Disk(_FUNCTIONS / name) for name in ("0000:00:10.0", "0000:00:12.0")]
+        found = sorted(_FUNCTIONS.iterdir())
+        disks = [nvme.Disk(path) for path in found if (path / "class").read_text().strip() == _NVME]
         dsa = idxd.Accelerator()
         idxd.configure(dsa, facts, "2")
         with ThreadPoolExecutor(len(disks)) as threads:

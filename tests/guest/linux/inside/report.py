@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SHARE", "Report", "attempt", "boots", "reboot", "run", "tool_json", "wait_for"]
+__all__ = ["SHARE", "Report", "attempt", "boots", "crash", "reboot", "run", "tool_json", "wait_for"]
 
 SHARE = Path("/share")
 _REPORT = SHARE / "report.json"
@@ -92,3 +92,11 @@ def reboot() -> None:
     run("busybox", "reboot", "-f")
     time.sleep(60)
     raise RuntimeError("the guest goes on after a reboot")
+
+
+def crash() -> None:
+    """The machine is reset at once; the program is said to have ended well. Does not return."""
+    Path("/rig/rc").write_text("0")
+    Path("/proc/sysrq-trigger").write_text("b")
+    time.sleep(60)
+    raise RuntimeError("the guest goes on after a reset")
