@@ -57,7 +57,7 @@ class UserRegion(Region):
         self._link = function.link
         self._file_offset = info.offset
         self._maps: dict[Area, FdMapping] = {}
-        self._hidden: Area | None = None
+        self._hidden: Area = (0, 0)
         table = function.msix_table
         if table is not None and table[0] == info.index:
             self._hidden = table[1], table[1] + table[2]
@@ -80,11 +80,12 @@ class UserRegion(Region):
         except VfioError:
             await trio.lowlevel.checkpoint()
             raise
-        if not offset % size and self._hidden is None and (size < 8 or self.index != _CONFIG):
+        pieces = self._pieces(offset, size)
+        if pieces == [(offset, size, False)]:
             return await self._read_piece(offset, size)
         value = 0
         await trio.lowlevel.checkpoint()
-        for at, width, hidden in self._pieces(offset, size):
+        for at, width, hidden in pieces:
             piece = (1 << 8 * width) - 1 if hidden else await self._read_piece(at, width)
             value |= piece << 8 * (at - offset)
         return value
@@ -100,11 +101,12 @@ class UserRegion(Region):
         if self.index == _CONFIG:
             await self._write_config(offset, data)
             return
-        if not offset % size and self._hidden is None:
+        pieces = self._pieces(offset, size)
+        if pieces == [(offset, size, False)]:
             await self._write_piece(offset, data)
             return
         await trio.lowlevel.checkpoint()
-        for at, width, hidden in self._pieces(offset, size):
+        for at, width, hidden in pieces:
             if not hidden:
                 await self._write_piece(at, data[at - offset : at - offset + width])
 
@@ -231,7 +233,7 @@ class UserRegion(Region):
 
     def _pieces(self, offset: int, size: int) -> list[tuple[int, int, bool]]:
         """An access as aligned (offset, width, in the MSI-X table) pieces."""
-        start, end = self._hidden or (0, 0)
+        start, end = self._hidden
         widest = 4 if self.index == _CONFIG else 8
         pieces = []
         at, last = offset, offset + size

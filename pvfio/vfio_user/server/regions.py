@@ -155,12 +155,13 @@ class Regions:
             return
         size = len(data)
         self._check(index, offset, size)
+        if size in _WIDTHS and not offset % size:
+            self._write_piece(index, offset, data)
+            return
         if not (size | offset) % _SUBMISSION and self._submit(index, offset, data):
             return
         for at, width in _pieces(offset, size, 8):
-            piece = data[at - offset : at - offset + width]
-            if not self._table_write(index, at, piece):
-                self._function.write(index, at, width, int.from_bytes(piece, "little"))
+            self._write_piece(index, at, data[at - offset : at - offset + width])
 
     def _check(self, index: int, offset: int, size: int) -> None:
         bar = self._bars.get(index)
@@ -177,12 +178,11 @@ class Regions:
         except OSError as error:
             raise WireError(errno.EINVAL, str(error)) from None
 
-    def _table_write(self, index: int, offset: int, data: memoryview | bytes) -> bool:
-        at = offset - self._table_at
-        if index != self._table_bar or not 0 <= at < len(self._table):
-            return False
-        self._table[at : at + len(data)] = data
-        return True
+    def _write_piece(self, index: int, offset: int, data: memoryview | bytes) -> None:
+        if index == self._table_bar and 0 <= (at := offset - self._table_at) < len(self._table):
+            self._table[at : at + len(data)] = data
+        else:
+            self._function.write(index, offset, len(data), int.from_bytes(data, "little"))
 
     def _submit(self, index: int, offset: int, data: memoryview | bytes) -> bool:
         """64-byte submissions as posted writes; false where the BAR takes none."""

@@ -37,7 +37,10 @@ LIMITS: Final = Limits(max_msg_fds=lib.VFIO_USER_MAX_MSG_FDS, write_multiple=Tru
 MAX_MESSAGE: Final[int] = HEADER_SIZE + 16 + LIMITS.max_data_xfer_size
 _FIRST_SECONDS: Final = 10.0
 _SEND_SECONDS: Final = 10.0
+_TYPE_MASK: Final[int] = lib.VFIO_USER_F_TYPE_MASK
 _REPLY: Final[int] = lib.VFIO_USER_F_TYPE_REPLY
+_RESET: Final[int] = lib.VFIO_USER_DEVICE_RESET
+_MOST_DATA: Final = LIMITS.max_data_xfer_size
 
 _Answer = tuple[Body, Body, tuple[int, ...]]
 """A reply's body, in two parts, and its descriptors, which stay whose they are."""
@@ -111,12 +114,12 @@ class Session:
             message = await self.channel.receive()
             if self._log is not None:
                 self._record(message)
-            if message.flags & lib.VFIO_USER_F_TYPE_MASK:
+            if message.flags & _TYPE_MASK:
                 if not message.is_reply:
                     raise ProtocolError(f"a message of type {message.flags:#x}")
                 continue  # A reply nobody waits for any more.
             try:
-                if message.command == lib.VFIO_USER_DEVICE_RESET:
+                if message.command == _RESET:
                     messages.parse_empty(message.body)
                     await self._reset()
                     answer = _answer()
@@ -200,11 +203,11 @@ class Session:
         return _answer()
 
     def _region_read(self, message: Message) -> _Answer:
-        offset, region, count = messages.parse_region_read(message.body, LIMITS.max_data_xfer_size)
+        offset, region, count = messages.parse_region_read(message.body, _MOST_DATA)
         return bytes(message.body), self._regions.read(region, offset, count), ()
 
     def _region_write(self, message: Message) -> _Answer:
-        offset, region, data = messages.parse_region_write(message.body, LIMITS.max_data_xfer_size)
+        offset, region, data = messages.parse_region_write(message.body, _MOST_DATA)
         self._regions.write(region, offset, data)
         return _answer(messages.region_access(offset, region, len(data)))
 
