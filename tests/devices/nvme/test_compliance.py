@@ -40,7 +40,7 @@ ADMIN: tuple[tuple[int, dict[str, Any]], ...] = (
     (lib.NVME_ADMIN_FW_DOWNLOAD, {"cdw10": len(GOOD) // 4 - 1, "data": GOOD}),
     (lib.NVME_ADMIN_FW_COMMIT, {"cdw10": 3 << 3 | 2}),
     (lib.NVME_ADMIN_SELF_TEST, {"cdw10": lib.NVME_SELF_TEST_EXTENDED}),
-    (lib.NVME_ADMIN_DBBUF, {"prp1": 0, "prp2": 0}),
+    (lib.NVME_ADMIN_DBBUF, {"queue": 0x2000, "second": 0x3000}),
     (lib.NVME_ADMIN_FORMAT_NVM, {"nsid": 3, "cdw10": 0}),
     (lib.NVME_ADMIN_SANITIZE, {"cdw10": lib.NVME_SANITIZE_CRYPTO}),
 )
@@ -67,9 +67,10 @@ async def test_every_opcode(place: Place, engine: EngineKind) -> None:
         used = {lib.NVME_ADMIN_ASYNC_EVENT}
         event = await rig.events()
         for opcode, fields in ADMIN:
-            rest = {name: value for name, value in fields.items() if name != "queue"}
-            if "queue" in fields:
-                rest["prp1"] = rig.iova + QUEUE + fields["queue"]
+            rest = {name: value for name, value in fields.items() if name not in ("queue", "second")}
+            for field, name in (("prp1", "queue"), ("prp2", "second")):
+                if name in fields:
+                    rest[field] = rig.iova + QUEUE + fields[name]
             assert (await rig.admin(opcode, **rest)).status == 0, hex(opcode)
             used.add(opcode)
         assert (await rig.wait(event)).result == lib.NVME_AER_IO | 1 << 8 | lib.NVME_LOG_SANITIZE << 16
