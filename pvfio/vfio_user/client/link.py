@@ -1,8 +1,8 @@
 """A client's connection to a vfio-user server: calls and their replies, posted messages, the server's own requests.
 
-Whoever waits, reads: a call looks at the socket itself for some microseconds, which is as long as most replies take. A
-listener reads when nobody does: replies that take longer, and the server's DMA_READ and DMA_WRITE, which are answered
-from what is mapped (``Reach``). A reply that nobody waits for any more is matched by its id and dropped.
+Whoever waits, reads: a call looks at the socket itself for as long as most replies take. A listener reads when nobody
+does: replies that take longer, and the server's DMA_READ and DMA_WRITE, which are answered from what is mapped
+(``Reach``). A reply that nobody waits for any more is matched by its id and dropped.
 
 A connection that ends, breaks the protocol or does not answer what must be answered is lost: every call ends at
 once with a VfioError ENODEV that says why, and whoever uses the device is told. ``connect`` makes a new one.
@@ -31,7 +31,8 @@ from pvfio.vfio_user.version import Limits, Version
 
 __all__ = ["OWN_LIMITS", "SPIN_NS", "Call", "Link"]
 
-SPIN_NS: Final = 40_000
+# How long a call may keep the whole loop for its reply, on a busy connection: the way through the loop costs more.
+SPIN_NS: Final = 100_000
 # Ids from here on are those of requests that a channel's C side makes.
 IDS: Final[int] = lib.PV_VFU_OWN_ID
 # Replies that nobody waits for any more, before the server counts as gone.
