@@ -153,6 +153,13 @@ class PciFunction:
                 return self.bar_fd(bar), offset
         raise OSError(errno.EINVAL, f"BAR {bar}: {offset:#x}+{size:#x} is not memory that can be mapped")
 
+    def renew_memory(self) -> None:
+        """The memory of the mmap areas is other memory from now on, and reads zero; who mapped it before has no part in
+        it any more. For a function nobody uses, after a reset. Raises ``OSError``, and nothing has changed then.
+
+        The base has none.
+        """
+
     def connect_intx(self, callback: Callable[[bool], None] | None) -> None:
         """Where the pin's level goes: called with every change, and now if the pin is asserted."""
         self._intx = callback

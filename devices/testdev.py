@@ -81,13 +81,7 @@ class TestDevice(PciFunction):
     IDLE, DONE, ABORTED, CANCELLED, BAD_COMMAND, BUSY = range(6)
 
     def __init__(self, bus: BusMaster, *, vectors: int = 4, intx: bool = False, ats: bool = False) -> None:
-        self._scratch_fd = os.memfd_create("pvfio-testdev", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        weakref.finalize(self, os.close, self._scratch_fd)
-        os.ftruncate(self._scratch_fd, _SCRATCH)
-        fcntl.fcntl(
-            self._scratch_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        )
-        self.scratch = map_fd(self._scratch_fd, 0, _SCRATCH, write=True).view()
+        self._make_scratch()
         self._registers = bytearray(_PAGE)
         self._resets = 0
         self._moving = threading.Lock()
@@ -114,6 +108,24 @@ class TestDevice(PciFunction):
         self.scratch[:] = bytes(_SCRATCH)
         self._registers[:] = bytes(_PAGE)
         self._put(0, 4, _ID)
+
+    def _make_scratch(self) -> None:
+        fd = os.memfd_create("pvfio-testdev", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        close = weakref.finalize(self, os.close, fd)
+        try:
+            os.ftruncate(fd, _SCRATCH)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self.scratch = map_fd(fd, 0, _SCRATCH, write=True).view()
+        except OSError:
+            close()
+            raise
+        self._scratch_fd, self._close_scratch = fd, close
+
+    def renew_memory(self) -> None:
+        """Other scratch memory."""
+        close = self._close_scratch
+        self._make_scratch()
+        close()
 
     def bar_fd(self, bar: int) -> int:
         """The scratch memory of BAR 0."""

@@ -388,9 +388,10 @@ class Commands:
     async def _reset_wq(self, operand: int) -> int:
         wqs = self._wqs(operand)
         self.abort(wqs)
-        for wq in wqs:
-            self._wq_disabled(wq)
-            self._registers.reset_wq(wq)
+        async with self._paused():
+            for wq in wqs:
+                self._wq_disabled(wq)
+                self._registers.reset_wq(wq)
         return 0
 
     # PASIDs: descriptors carry one in shared WQs only.

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -167,17 +168,29 @@ class Admin:
 
     async def _run_apart(self) -> None:
         """Commands find the engine paused: what they ask of it never makes the trio thread wait."""
-        engine = lib.pv_nvme_engine(self._nvme)
         try:
             while commands := self._take():
                 for command in commands:
-                    await trio.to_thread.run_sync(lib.pv_engine_pause, engine)
-                    try:
+                    async with self.paused():
                         await self._execute(command)
-                    finally:
-                        lib.pv_engine_unpause(engine)
         finally:
             self._apart = False
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Between two steps of the engine, for what a task asks of the data path beside commands.
+
+        Where a step may wait for somebody, a worker thread waits for its end. Cancelled while it waits: it waits on.
+        """
+        engine = lib.pv_nvme_engine(self._nvme)
+        if self._bus.remote:
+            await trio.to_thread.run_sync(lib.pv_engine_pause, engine)
+        else:
+            lib.pv_engine_pause(engine)
+        try:
+            yield
+        finally:
+            lib.pv_engine_unpause(engine)
 
     def _take(self) -> list[Command]:
         count = lib.pv_nvme_take_admin(self._nvme, self._batch, len(self._batch))

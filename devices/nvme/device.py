@@ -7,6 +7,7 @@ See nvme_engine.h for what the data path does not model.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import time
 import weakref
@@ -118,6 +119,7 @@ class NvmeDevice(FaultHooks, PciFunction):
             namespaces=self.namespaces,
             events=self.events,
             firmware=self._firmware,
+            admin=self._admin,
             background=self._background,
             begins=lambda: self._self_test.abort(lib.NVME_SELF_TEST_RESULT_SANITIZE),
         )
@@ -347,6 +349,11 @@ class NvmeDevice(FaultHooks, PciFunction):
     def bar_fd(self, bar: int) -> int:
         """The doorbell page(s)."""
         return int(lib.pv_nvme_doorbell_fd(self._nvme)) if bar == _BAR else super().bar_fd(bar)
+
+    def renew_memory(self) -> None:
+        """Other doorbell pages; the controller must be disabled."""
+        if lib.pv_nvme_renew_doorbells(self._nvme):
+            raise OSError(errno.ENOMEM, "no room for doorbells")
 
     def on_enable(self, memory: bool, master: bool) -> None:
         """Doorbells count only while memory decodes; work that waited for bus mastering goes on."""

@@ -31,27 +31,52 @@ static int make_file(uint64_t size)
     return -1;
 }
 
+static void *map(uint64_t size, int fd)
+{
+    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | (fd < 0 ? MAP_ANONYMOUS : 0), fd,
+                      fd < 0 ? 0 : NVME_REG_DBS);
+    return page == MAP_FAILED ? NULL : page;
+}
+
+static void drop(void *page, uint64_t size, int fd)
+{
+    if (page)
+        munmap(page, size);
+    if (fd >= 0)
+        close(fd);
+}
+
 bool nvme_make_doorbells(struct pv_nvme *nvme)
 {
     bool shared = nvme->config.poll_doorbells;
     uint64_t size = (((uint64_t)2 * PV_NVME_QUEUES * 4 << nvme->config.dstrd) + PAGE - 1) & ~(uint64_t)(PAGE - 1);
-    if (shared && (nvme->doorbell_fd = make_file(NVME_REG_DBS + size)) < 0)
+    int fd = shared ? make_file(NVME_REG_DBS + size) : -1;
+    void *page = shared && fd < 0 ? NULL : map(size, fd), *old = (void *)nvme->doorbell;
+    int old_fd = nvme->doorbell_fd;
+    if (!page) {
+        drop(NULL, 0, fd);
         return false;
-    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | (shared ? 0 : MAP_ANONYMOUS), nvme->doorbell_fd,
-                      shared ? NVME_REG_DBS : 0);
-    if (page == MAP_FAILED)
-        return false;
+    }
+    if (nvme->engine)
+        pv_engine_pause(nvme->engine);
     nvme->doorbell = page;
     nvme->doorbell_bytes = size;
+    nvme->doorbell_fd = fd;
+    memset(nvme->heard, 0, sizeof(nvme->heard));
+    if (nvme->engine)
+        pv_engine_unpause(nvme->engine);
+    drop(old, size, old_fd);
     return true;
 }
 
 void nvme_drop_doorbells(struct pv_nvme *nvme)
 {
-    if (nvme->doorbell)
-        munmap((void *)nvme->doorbell, nvme->doorbell_bytes);
-    if (nvme->doorbell_fd >= 0)
-        close(nvme->doorbell_fd);
+    drop((void *)nvme->doorbell, nvme->doorbell_bytes, nvme->doorbell_fd);
+}
+
+int pv_nvme_renew_doorbells(struct pv_nvme *nvme)
+{
+    return nvme_make_doorbells(nvme) ? 0 : -ENOMEM;
 }
 
 int pv_nvme_doorbell_fd(struct pv_nvme *nvme)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from pvfio.abi import lib
 from pvfio.devices.nvme.admin import LATER, AdminError, Command
 from pvfio.devices.nvme.admin_namespaces import check_format
@@ -72,14 +74,22 @@ class Format:
             raise AdminError(lib.NVME_SC_FORMAT_IN_PROGRESS, _BYTE_NSID, dnr=False)
 
     async def _run(self, command: Command, namespaces: list[Namespace]) -> None:
+        failed = False
         try:
             for namespace in namespaces:
                 await self._one(command.cdw10, namespace)
         except (OSError, MemoryError):
+            failed = True
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(namespaces)
+        if failed:
             self._admin.fail(command, AdminError(lib.NVME_SC_INTERNAL, dnr=False))
         else:
             self._admin.complete(command)
-        finally:
+
+    async def _end(self, namespaces: list[Namespace]) -> None:
+        async with self._admin.paused():
             for namespace in namespaces:
                 namespace.formatting = 0
                 self._namespaces.refresh(namespace.nsid)
@@ -92,12 +102,13 @@ class Format:
         await self._namespaces.sync(namespace.nsid)
         shift, metadata = namespace.formats[word & lib.NVME_FORMAT_LBAF_MASK]
         protection = word >> lib.NVME_FORMAT_PI_SHIFT & 7
-        self._namespaces.reformat(
-            namespace.nsid,
-            lba_shift=shift,
-            metadata=metadata,
-            extended=bool(metadata and word & lib.NVME_FORMAT_MSET),
-            protection=protection,
-            protection_first=bool(protection and word & lib.NVME_FORMAT_PIL),
-        )
+        async with self._admin.paused():
+            self._namespaces.reformat(
+                namespace.nsid,
+                lba_shift=shift,
+                metadata=metadata,
+                extended=bool(metadata and word & lib.NVME_FORMAT_MSET),
+                protection=protection,
+                protection_first=bool(protection and word & lib.NVME_FORMAT_PIL),
+            )
         self._changed(namespace.nsid)

@@ -78,6 +78,11 @@ struct pv_mmio *pv_nvme_mmio(struct pv_nvme *nvme);
 void pv_nvme_decode(struct pv_nvme *nvme, int on);
 /* The file whose pages from NVME_REG_DBS on are the doorbells, sealed; the controller's own. -1 unless they are polled. */
 int pv_nvme_doorbell_fd(struct pv_nvme *nvme);
+/*
+ * Other pages, in another file: who mapped those before has no part in it any more. While the controller is disabled, and
+ * nobody stores through pv_nvme_mmio. 0, or -ENOMEM (no room, no descriptor) and nothing happened.
+ */
+int pv_nvme_renew_doorbells(struct pv_nvme *nvme);
 
 /* An eventfd, and what it rang for; taking clears. */
 int pv_nvme_event_fd(struct pv_nvme *nvme);

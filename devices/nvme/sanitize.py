@@ -17,7 +17,7 @@ from pvfio.devices.nvme.admin import AdminError, Command
 from pvfio.devices.nvme.background import erase, fill, pieces
 
 if TYPE_CHECKING:
-    from pvfio.devices.nvme.admin import Handler
+    from pvfio.devices.nvme.admin import Admin, Handler
     from pvfio.devices.nvme.background import Background
     from pvfio.devices.nvme.config import NvmeConfig
     from pvfio.devices.nvme.events import AsyncEvents
@@ -61,6 +61,7 @@ class Sanitize:
         namespaces: Namespaces,
         events: AsyncEvents,
         firmware: Firmware,
+        admin: Admin,
         background: Background,
         begins: Callable[[], None],
     ) -> None:
@@ -69,6 +70,7 @@ class Sanitize:
         self._namespaces = namespaces
         self._events = events
         self._firmware = firmware
+        self._admin = admin
         self._background = background
         self._begins = begins
         self._state = int(lib.NVME_SSTAT_NEVER)
@@ -160,10 +162,11 @@ class Sanitize:
             done = lib.NVME_SSTAT_OK
         except (OSError, MemoryError):
             done = lib.NVME_SSTAT_FAILED
-        self._progress = 0xFFFF
-        if done == lib.NVME_SSTAT_OK:
-            self._writes_then = self._writes()
-        self._become(done, failure=done == lib.NVME_SSTAT_FAILED)
+        async with self._admin.paused():
+            self._progress = 0xFFFF
+            if done == lib.NVME_SSTAT_OK:
+                self._writes_then = self._writes()
+            self._become(done, failure=done == lib.NVME_SSTAT_FAILED)
         self._events.post(lib.NVME_AER_IO, lib.NVME_AER_IO_SANITIZE_COMPLETED, lib.NVME_LOG_SANITIZE)
 
     async def _one(self, namespace: Namespace) -> None:
@@ -181,7 +184,8 @@ class Sanitize:
         self._passes = passes
         if not await self._namespaces.sync(namespace.nsid):
             raise OSError(f"namespace {namespace.nsid}")
-        self._namespaces.reformat(namespace.nsid)
+        async with self._admin.paused():
+            self._namespaces.reformat(namespace.nsid)
 
     def _writes(self) -> int:
         stats = ffi.new("struct pv_nvme_stats *")

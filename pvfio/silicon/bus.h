@@ -138,6 +138,11 @@ int pv_table_bus_map_remote(struct pv_bus *bus, uint64_t iova, uint64_t size, ui
 int pv_table_bus_vectors(struct pv_bus *bus, uint32_t n);
 /* A duplicate of the eventfd is kept; -1: none, nothing accepts the message. -EINVAL: no such vector, or no eventfd. */
 int pv_table_bus_vector(struct pv_bus *bus, uint32_t i, int fd);
+/*
+ * One more in the counter of somebody's eventfd, as a vector's message would. Once there were
+ * vectors this never waits, whatever the other side does with its eventfd (where the system has asynchronous I/O).
+ */
+int pv_table_bus_ring(struct pv_bus *bus, int eventfd);
 /* Is the descriptor an eventfd's? */
 int pv_is_eventfd(int fd);
 void pv_table_bus_stats(struct pv_bus *bus, struct pv_table_bus_stats *out);

@@ -183,6 +183,14 @@ class TableBus(BusMaster):
         """
         _raise_plain("vector", lib.pv_table_bus_vector(self.ptr, index, descriptor), index)
 
+    def ring(self, descriptor: int) -> None:
+        """One more in the counter of a client's eventfd.
+
+        Once ``vectors`` was called this never waits, whatever the client does with its eventfd, and neither does the
+        message of a vector. (Without asynchronous I/O in the system: unless it is made blocking and full just then.)
+        """
+        lib.pv_table_bus_ring(self.ptr, descriptor)
+
     @property
     def maps(self) -> int:
         """How many ranges there are."""

@@ -39,6 +39,7 @@ struct table_bus {
     int eventfd;
     int *vector; /* NULL: messages ring `eventfd` */
     uint32_t vectors;
+    struct pv_bell *bell; /* once there are vectors, whose eventfds are others' */
     struct pv_table_bus_stats stats;
 };
 
@@ -95,13 +96,18 @@ static int table_ask(struct pv_bus *bus, uint64_t iova, void *buf, uint64_t n, i
     return result;
 }
 
+static int ring(struct table_bus *t, int eventfd)
+{
+    return t->bell ? pv_bell_ring(t->bell, eventfd) : pv_ring(eventfd);
+}
+
 static int send(struct table_bus *t, uint64_t addr, uint32_t data)
 {
     if (!t->vector)
         return t->eventfd >= 0 ? pv_ring(t->eventfd) : 0;
     if (addr < PV_MSI_START || addr > PV_MSI_END || data >= t->vectors || t->vector[data] < 0)
         return -EFAULT;
-    return pv_ring(t->vector[data]);
+    return ring(t, t->vector[data]);
 }
 
 static int table_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
@@ -112,6 +118,15 @@ static int table_msi(struct pv_bus *bus, uint64_t addr, uint32_t data)
     t->stats.last_msi_addr = addr;
     t->stats.last_msi_data = data;
     int result = send(t, addr, data);
+    pthread_mutex_unlock(&t->msi_lock);
+    return result;
+}
+
+int pv_table_bus_ring(struct pv_bus *bus, int eventfd)
+{
+    struct table_bus *t = (struct table_bus *)bus;
+    pthread_mutex_lock(&t->msi_lock);
+    int result = ring(t, eventfd);
     pthread_mutex_unlock(&t->msi_lock);
     return result;
 }
@@ -129,6 +144,7 @@ static void table_destroy(struct pv_bus *bus)
     struct table_bus *t = (struct table_bus *)bus;
     range_table_free(&t->table);
     close_vectors(t->vector, t->vectors);
+    pv_bell_destroy(t->bell);
     pthread_mutex_destroy(&t->lock);
     pthread_mutex_destroy(&t->ask_lock);
     pthread_cond_destroy(&t->asked);
@@ -230,6 +246,8 @@ int pv_table_bus_vectors(struct pv_bus *bus, uint32_t n)
     uint32_t count = t->vectors;
     t->vector = vector;
     t->vectors = n;
+    if (n && !t->bell)
+        t->bell = pv_bell_create();
     pthread_mutex_unlock(&t->msi_lock);
     close_vectors(old, count);
     return 0;

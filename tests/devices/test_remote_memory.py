@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from pvfio.abi import lib
-from pvfio.devices.nvme import NamespaceSpec
+from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
 from pvfio.devices.testdev import TestDevice
 from pvfio.silicon import TableBus
 from tests.devices.dsa.function import DEDICATED, PRIORITY_1, Function
@@ -103,6 +103,54 @@ async def test_admin_commands_that_change_queues_wait_elsewhere() -> None:
         held.let_go.set()
         assert (await rig.wait(waits, ring=rig.io_ring)).status == 0
         assert (await rig.wait(creates)).status == 0
+
+
+async def a_worker_waits() -> None:
+    """Until some task waits for a worker thread; the trio thread must be free for that."""
+    limiter = trio.to_thread.current_default_thread_limiter()
+    with trio.fail_after(LONGEST / 2):
+        while not limiter.borrowed_tokens:
+            await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("subject", ["format", "sanitize"])
+async def test_what_ends_in_the_background_waits_elsewhere(
+    subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An I/O command is being fetched when all is erased, and the namespace is to be another."""
+    rigs: list[Rig] = []
+    held = Held(IOVA + 0x2000, PAGE, lambda: rigs[0].device.bus)  # type: ignore[arg-type, return-value]
+    begun, may_end = trio.Event(), trio.Event()
+
+    async def erase(*_: object, **__: object) -> None:
+        begun.set()
+        await may_end.wait()
+
+    monkeypatch.setattr(f"pvfio.devices.nvme.{subject}.erase", erase)
+    config = NvmeConfig(sanitize_seconds=0)
+    async with running(config, namespaces=NAMESPACES, engine="thread", far=held) as rig:
+        rigs.append(rig)
+        flags = rig.device._msix_cap + lib.PCI_MSIX_FLAGS  # the pin's level needs the engine too
+        rig.config_write(flags, 2, lib.PCI_MSIX_FLAGS_ENABLE)
+        await rig.settle()
+        if subject == "format":
+            cid = rig.submit(lib.NVME_ADMIN_FORMAT_NVM, nsid=1)
+        else:
+            assert (await rig.admin(lib.NVME_ADMIN_SANITIZE, cdw10=lib.NVME_SANITIZE_BLOCK)).status == 0
+        with trio.fail_after(LONGEST):
+            await begun.wait()
+        waits = rig.submit(lib.NVME_CMD_READ, ring=rig.io_ring, nsid=1, prp1=IOVA + 0x200000)
+        await held.arrived()
+        may_end.set()
+        await a_worker_waits()
+        assert rig.csts & lib.NVME_CSTS_RDY
+        held.let_go.set()
+        await rig.wait(waits, ring=rig.io_ring)
+        if subject == "format":
+            assert (await rig.wait(cid)).status == 0
+        with trio.fail_after(LONGEST):
+            while (await rig.io(lib.NVME_CMD_READ)).status:
+                pass
 
 
 @pytest.mark.parametrize("how", ["disable", "flr", "keep alive"])
@@ -236,5 +284,35 @@ async def test_dsa_commands_leave_the_trio_thread_free() -> None:
                 await trio.lowlevel.checkpoint()
         assert function.memory[0] == lib.DSA_COMP_SUCCESS
         assert (function.memory[PAGE : 2 * PAGE] == 0x77).all()
+        nursery.cancel_scope.cancel()
+    function.device.close()
+
+
+async def test_dsa_resets_a_wq_beside_another() -> None:
+    """The operation of one is kept waiting in the engine, and begins once more, while the other is reset."""
+    function = Function(engine="thread")
+    held = Held(IOVA + 0x100000, PAGE, lambda: function.bus)
+    far, there = FarMemory(function.bus, held), np.full(PAGE, 0x77, np.uint8)
+    far.map(IOVA + 0x100000, there)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(function.device.run)
+        function.group(0, 3, 1)
+        for wq in (0, 1):
+            function.wq(wq, size=4, mode=DEDICATED | PRIORITY_1)
+        assert await function.command(lib.IDXD_CMD_ENABLE_DEVICE) == 0
+        for wq in (0, 1):
+            assert await function.command(lib.IDXD_CMD_ENABLE_WQ, wq) == 0
+        function.submit(
+            lib.DSA_OPCODE_MEMMOVE, src_addr=IOVA + 0x100000, dst_addr=IOVA + PAGE, xfer_size=PAGE
+        )
+        await held.arrived()
+        function.order(lib.IDXD_CMD_RESET_WQ, 2)
+        await a_worker_waits()
+        held.let_go.set()
+        with trio.fail_after(LONGEST):
+            assert await function.finish() == 0
+            while not function.memory[0]:
+                await trio.lowlevel.checkpoint()
+        assert function.memory[0] == lib.DSA_COMP_SUCCESS
         nursery.cancel_scope.cancel()
     function.device.close()

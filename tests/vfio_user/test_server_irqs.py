@@ -292,7 +292,8 @@ async def test_a_full_eventfd(client: RawClient, events: list[int]) -> None:
     await client.write(0, RAISE, 0)
     assert await client.set_irqs(REQ, EVENTFD | TRIGGER, fds=events[2:3]) == 0
     assert await client.set_irqs(REQ, NONE | TRIGGER) == 0
-    assert [os.eventfd_read(fd) for fd in events[:3]] == [most] * 3
+    for fd in events[:3]:
+        assert os.eventfd_read(fd) >= most
 
 
 @pytest.mark.parametrize("how", ["reset", "flr"])

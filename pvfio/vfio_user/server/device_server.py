@@ -2,11 +2,11 @@
 
 The function is built over a ``TableBus``, which holds what the client maps; its engine copies to and from the
 client's memory in C. When a client goes, whatever it was doing, DMA is cancelled, its maps and interrupts go, and
-the function is reset before the next one is let in. Models a server of the specification 0.9.2 that serves QEMU,
+the function is reset before the next one is let in; memory of the function that it had mapped is not the function's
+any more. Models a server of the specification 0.9.2 that serves QEMU,
 SPDK and cloud-hypervisor; what a connection does is in session.py.
 
-Not modelled: several clients at a time (the second is turned away), a device whose state outlives its client. Not
-prevented: a client that mapped a region keeps that mapping after it has gone.
+Not modelled: several clients at a time (the second is turned away), a device whose state outlives its client.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class DeviceServer:
                 return None
             await self._idle.wait()
         try:
+            if self.clients:
+                self._function.renew_memory()
             channel = Channel(connection, max_message=MAX_MESSAGE, max_fds=LIMITS.max_msg_fds)
         except OSError as error:
             _logger.warning("%s: a client cannot be served: %s", self.path, error)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -42,7 +41,8 @@ _Handler = Callable[[IrqSet, Sequence[int]], None]
 class _EventFd:
     """The server's own reference to a client's eventfd. EINVAL for a descriptor that is no eventfd's."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, bus: TableBus) -> None:
+        self._bus = bus
         if not is_eventfd(fd):
             raise WireError(errno.EINVAL, "a file descriptor that is no eventfd")
         try:
@@ -51,11 +51,8 @@ class _EventFd:
             raise WireError(error.errno or errno.EMFILE, "an eventfd") from None
 
     def signal(self) -> None:
-        """Adds one; a counter that is full stays full."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLOUT)
-        if poll.poll(0):
-            os.eventfd_write(self.fd, 1)
+        """Adds one. Never waits, though the counter be full."""
+        self._bus.ring(self.fd)
 
     def drain(self) -> bool:
         """Takes what is in it; false where there is nothing (any more)."""
@@ -90,8 +87,7 @@ class ServerIrqs:
         self._line = False
         self._unmask: tuple[_EventFd, trio.CancelScope] | None = None
         self._single: dict[int, _EventFd] = {}
-        if self._vectors:
-            bus.vectors(self._vectors)
+        bus.vectors(max(self._vectors, 1))
         function.connect_intx(self._on_line)
 
     def info(self, index: int) -> IrqInfo:
@@ -186,7 +182,7 @@ class ServerIrqs:
             return
         # Linux answers EBUSY while there is one, and forgets it when its file is closed. Here nobody sees that, so a
         # new one takes its place: QEMU sends one every time it hands INTx to KVM.
-        new = _EventFd(fds[0]) if fds[0] >= 0 else None
+        new = _EventFd(fds[0], self._bus) if fds[0] >= 0 else None
         self._drop_unmask()
         if new is not None:
             scope = trio.CancelScope()
@@ -220,7 +216,7 @@ class ServerIrqs:
         if not (enabled or self._type == _NONE) or request.start != 0 or request.count != 1:
             raise WireError(errno.EINVAL, "INTx is one interrupt, and no other index may be enabled")
         if request.data == _DATA_EVENTFD:
-            trigger = _EventFd(fds[0]) if fds[0] >= 0 else None
+            trigger = _EventFd(fds[0], self._bus) if fds[0] >= 0 else None
             if self._intx is not None:
                 self._intx.close()
             self._intx = trigger
@@ -276,7 +272,7 @@ class ServerIrqs:
             if fd < 0:
                 continue
             try:
-                self._set_vector(number, _EventFd(fd))
+                self._set_vector(number, _EventFd(fd, self._bus))
             except BaseException:
                 for undone in range(start, number):
                     self._clear_vector(undone)
@@ -330,7 +326,7 @@ class ServerIrqs:
         if not request.count:
             raise WireError(errno.EINVAL, "no data")
         if request.data == _DATA_EVENTFD:
-            fresh = _EventFd(fds[0]) if fds[0] >= 0 else None
+            fresh = _EventFd(fds[0], self._bus) if fds[0] >= 0 else None
             if trigger is not None:
                 self._single.pop(request.index).close()
             if fresh is not None:
