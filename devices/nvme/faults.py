@@ -1,7 +1,9 @@
 """Fault injection: commands that are late, lost, refused or corrupted, lost interrupts, fatal status, surprise removal.
 
 A part of the device: a rule matches the bytes of a command where it is fetched, so a driver meets a fault where a real
-one would come from. The rules are C's (inject.c); this names their fields.
+one would come from. The rules are C's (inject.c); this names their fields. They change between two steps of the engine,
+which these calls wait for: where it asks a vfio-user client for memory, as long as that takes, two seconds at most. So
+call them from a worker thread there.
 """
 
 from __future__ import annotations

@@ -54,7 +54,10 @@ class Engine:
         lib.pv_engine_resume(self.ptr)
 
     def pause(self) -> None:
-        """Waits (briefly: for one step) until the engine does nothing, and keeps it so until ``unpause``. Nests."""
+        """Waits (briefly: for one step) until the engine does nothing, and keeps it so until ``unpause``. Nests.
+
+        Where the bus is remote a step may wait for somebody: then this is for a worker thread.
+        """
         lib.pv_engine_pause(self.ptr)
 
     def unpause(self) -> None:

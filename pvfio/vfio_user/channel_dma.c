@@ -49,8 +49,9 @@ void vfu_fail_waiters(struct pv_vfu *ch)
 }
 
 /*
- * A reply repeats address and count, and a read's has the data behind them. QEMU 10 has its data in the upper half of count
- * instead, and answers a write with a header alone: refused, for it moved the wrong bytes.
+ * A reply repeats address and count, and a read's has the data behind them: so answers QEMU 11.1. QEMU 10.1 has a count of
+ * 32 bits (hw/vfio-user/protocol.h, VFIOUserDMARW): it takes and gives data four bytes too early, and answers a write with a
+ * header alone. That is refused, for the wrong bytes moved.
  */
 static int take(const struct waiter *w, const struct pv_vfu_message *reply)
 {
