@@ -32,6 +32,7 @@ __all__ = ["COMPLETIONS", "Completion", "SubmissionQueue"]
 COMPLETIONS = ("polled", "interrupt", "hybrid")
 
 _SPIN_NS = 20_000
+_NAPS = 2  # the first may be over an interrupt whose records were taken before
 _EAGER_ROUNDS = 32  # polls between which other tasks run, before sleeping between them
 _FIRST_NAP = 20e-6
 _LONGEST_NAP = 1e-3
@@ -298,11 +299,22 @@ class SubmissionQueue:
         if self._completion == "hybrid" and self._spin(piece):
             await trio.lowlevel.checkpoint()
             return
+        naps = _NAPS
+        await trio.lowlevel.checkpoint()  # the device is at work meanwhile
         while not piece.done and not self._ring.complete(piece):
             if self._listener is not None:
                 await self._lot.park()
-                continue
-            await self._listen()
+            elif naps and self._outstanding == piece.count and self._interrupted_soon():
+                naps -= 1
+            else:
+                naps = 0
+                await self._listen()
+
+    def _interrupted_soon(self) -> bool:
+        """Whether the WQ's interrupt came soon."""
+        assert self._irq is not None
+        irq, vector = self._irq
+        return irq.soon(vector) > 0
 
     async def _listen(self) -> None:
         """Waits for the WQ's interrupt, on behalf of every task that waits for a record of this WQ."""

@@ -32,6 +32,7 @@ __all__ = ["COMPLETIONS", "Command", "CommandQueue", "Completion"]
 
 COMPLETIONS: Final = ("polled", "interrupt", "hybrid")
 _SPIN_NS: Final = 20_000
+_NAPS: Final = 2  # the first may be over an interrupt whose completions were taken before
 _EAGER_ROUNDS: Final = 32  # polls between which other tasks run, before sleeping between them
 _FIRST_NAP: Final = 20e-6
 _LONGEST_NAP: Final = 1e-3
@@ -246,12 +247,29 @@ class CommandQueue:
 
     def _look(self, wait_ns: int = 0) -> bool:
         """Takes everything that is complete; whether there was anything."""
+        if len(self._waiters) == 1 and self._ring.outstanding == 1:
+            return self._look_for_one(wait_ns)
         found = False
         while self.outstanding and (taken := self._collect(wait_ns=wait_ns)) is not None:
             found, wait_ns = True, 0
             if len(taken):
                 self._keep(taken)
         return found
+
+    def _look_for_one(self, wait_ns: int) -> bool:
+        """``_look`` where the only command is one that a task waits for, in numbers."""
+        try:
+            taken = self._ring.reap_one(wait_ns)
+        except DeviceFailed as error:
+            self._controller.condemn(error.reason)
+            raise
+        if taken is None:
+            return False
+        command = self._waiters.pop(taken[0])
+        command.status, command.result, command.done = taken[1], self._ring.result(), True
+        if self._lot:
+            self._lot.unpark_all()
+        return True
 
     def _keep(self, taken: Completions) -> None:
         """Completions that nobody waits for by name."""
@@ -263,24 +281,23 @@ class CommandQueue:
             return await self._until_polled(wanted, seconds)
         end = self._clock() + seconds
         spin = _SPIN_NS if self._completion == "hybrid" and not self._paused else 0
-        if spin:
-            await trio.lowlevel.checkpoint()  # the controller is at work meanwhile
-        waited = spin > 0
+        naps = 0 if self.admin or self._paused else _NAPS
+        await trio.lowlevel.checkpoint()  # the controller is at work meanwhile
         while True:
             self._look(spin)
             if wanted():
-                break
+                return True
             if self._clock() >= end:
                 return False
-            spin, waited = 0, True
-            if self._listener is None:
-                await self._listen(end)
-            else:
+            spin = 0
+            if self._listener is not None:
                 self._listener.deadline = min(self._listener.deadline, end)
                 await self._lot.park()
-        if not waited:
-            await trio.lowlevel.checkpoint()
-        return True
+            elif naps and self.outstanding == 1 and self._irq[0].soon(self._irq[1]):
+                naps -= 1
+            else:
+                naps = 0
+                await self._listen(end)
 
     async def _listen(self, end: float) -> None:
         """Waits for the interrupt, on behalf of every task that waits for a command of this queue, and not beyond

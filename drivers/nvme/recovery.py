@@ -127,8 +127,11 @@ class Controller:
         return buffer
 
     async def _new_ring(self, number: int, entries: int) -> Ring:
-        """A completion queue of twice the entries, where there may be so many, has to be acknowledged less often."""
-        completions = entries if not number else min(2 * entries, self.capabilities.entries)
+        """A completion queue of twice the entries or a page, where there may be so many, has to be acknowledged less
+        often.
+        """
+        most = max(2 * entries, 4096 // int(lib.NVME_CQE_SIZE))
+        completions = entries if not number else min(most, self.capabilities.entries)
         buffer = await self._alloc(queue_bytes(entries, completions))
         doorbells = self.capabilities.doorbells(number)
         return Ring(buffer, entries, completions, self._registers.region, doorbells)

@@ -323,6 +323,11 @@ class Ring:
             self.acknowledge()
         return cid, word >> _STATUS_SHIFT
 
+    def result(self) -> int:
+        """The command-specific dword of the completion taken last; before anything is submitted."""
+        word: int = self._ends[((self._head or self.cq_entries) - 1) * (_CQE // 4) + _DW0 - _DW3]
+        return word
+
     def results(self, count: int) -> list[int]:
         """The command-specific dwords of the ``count`` completions taken last; before anything is submitted."""
         end = self._head or self.cq_entries

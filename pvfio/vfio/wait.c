@@ -2,9 +2,11 @@
 #include "wait.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <time.h>
+#include <unistd.h>
 
 #define SPIN_NS 5000
 #define ALONE_NS 4000 /* after that, what is waited for may need this very processor */
@@ -136,4 +138,14 @@ int64_t pv_wait_entry(const void *first, int64_t stride, uint64_t index, uint32_
             return value;
     } while (pace_step(&pace));
     return -1;
+}
+
+uint64_t pv_wait_event(int eventfd, uint64_t timeout_ns)
+{
+    struct pollfd fd = {.fd = eventfd, .events = POLLIN};
+    struct timespec ts = {.tv_sec = (time_t)(timeout_ns / 1000000000u), .tv_nsec = (long)(timeout_ns % 1000000000u)};
+    uint64_t count = 0;
+    if (ppoll(&fd, 1, &ts, NULL) <= 0 || read(eventfd, &count, sizeof(count)) != (ssize_t)sizeof(count))
+        return 0;
+    return count;
 }

@@ -1,5 +1,6 @@
 /*
- * Waiting for memory that a device writes: a phase bit, a status word, the status bytes of completion records.
+ * Waiting for memory that a device writes: a phase bit, a status word, the status bytes of completion records; and for an
+ * eventfd.
  *
  * A wait looks, spins a few microseconds, then sleeps in steps that grow to 1 ms. Every look is an acquire load: what the
  * device wrote before the word is visible once the word is. The caller's memory stays mapped during the call.
@@ -24,6 +25,9 @@ uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask
                      uint64_t timeout_ns);
 /* One such entry, the aligned word of which holds the tag: that word, or -1 when time is up. */
 int64_t pv_wait_entry(const void *first, int64_t stride, uint64_t index, uint32_t mask, uint32_t wanted, uint64_t timeout_ns);
+/* Until an eventfd that does not block has a count, asleep: the count, which is 0 afterwards; 0: time is up, or a signal
+   came. The kernel's timer slack comes on top of the time. */
+uint64_t pv_wait_event(int eventfd, uint64_t timeout_ns);
 /* cffi: end */
 
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -185,3 +186,20 @@ def test_one_entry_of_a_ring() -> None:
     assert look(2, 1 << 16) == 0xFFFF_0007
     assert look(2, 0) == look(1, 1 << 16) == -1
     assert look(1, 0) == 0
+
+
+def test_an_eventfd() -> None:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        assert lib.pv_wait_event(fd, 0) == 0
+        assert lib.pv_wait_event(fd, 1000) == 0
+        os.eventfd_write(fd, 3)
+        assert lib.pv_wait_event(fd, 0) == 3
+        assert lib.pv_wait_event(fd, 0) == 0
+        writer = threading.Timer(0.01, os.eventfd_write, (fd, 1))
+        writer.start()
+        assert lib.pv_wait_event(fd, 60_000_000_000) == 1
+        writer.join()
+    finally:
+        os.close(fd)
+    assert lib.pv_wait_event(-1, 1000) == 0

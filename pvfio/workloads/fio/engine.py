@@ -10,6 +10,7 @@ Cancelled: what is in flight ends in the driver's hands; ``stop`` ends a job in 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -207,7 +208,7 @@ class Engine:
                 await self._change_depth()
             if more and self._free_count and self._wants(self.inflight):
                 more = await self._issue(source, now)
-            done = self._reap()
+            done = self._reap() if self._looks else 0  # who sleeps for it looks first
             idle = 0 if done else idle + 1
             if now - turn > self._turn_ns or (idle and not self.inflight):
                 await self._rest(now, more)
@@ -240,7 +241,7 @@ class Engine:
         limit = float("inf")
         if more and self._pace.active and self._free_count:
             limit = max(0.0, (self._pace.next_time(now) - now) / 1e9) or float("inf")
-        with trio.move_on_after(limit):
+        with trio.move_on_after(limit) if limit < float("inf") else contextlib.nullcontext():
             slots, status, failed = await self.queue.wait(self._most)
             self._complete(slots, status, failed)
 

@@ -42,6 +42,8 @@ class Pace:
     def allow(self, ios: Ios, now: int) -> int:
         """How many of the first I/Os are due."""
         count = len(ios)
+        if count == 1:
+            return int(self._due.get(int(ios.direction[0]), now) <= now)
         for direction in self._limited:
             chosen = np.flatnonzero(ios.direction == direction)
             if not len(chosen):
@@ -55,6 +57,24 @@ class Pace:
 
     def issued(self, ios: Ios, now: int) -> None:
         """They were issued."""
+        if len(ios) == 1:
+            self._issued_one(int(ios.direction[0]), int(ios.length[0]))
+        else:
+            self._issued_many(ios)
+        if self._job.thinktime:
+            self._blocks += len(ios)
+            if self._blocks >= self._job.thinktime_blocks:
+                self._blocks, self._thinking_until = 0, now + self._job.thinktime
+
+    def _issued_one(self, direction: int, length: int) -> None:
+        """In plain numbers, which is faster for one."""
+        if direction in self._due:
+            step = self._step(direction, length)
+            if self._job.rate_process == "poisson":
+                step *= self._rng.exponential(1.0)
+            self._due[direction] += step
+
+    def _issued_many(self, ios: Ios) -> None:
         for direction in self._limited:
             chosen = np.flatnonzero(ios.direction == direction)
             if len(chosen):
@@ -62,10 +82,6 @@ class Pace:
                 if self._job.rate_process == "poisson":
                     steps = steps * self._rng.exponential(1.0, len(steps))
                 self._due[direction] += float(steps.sum())
-        if self._job.thinktime:
-            self._blocks += len(ios)
-            if self._blocks >= self._job.thinktime_blocks:
-                self._blocks, self._thinking_until = 0, now + self._job.thinktime
 
     def next_time(self, now: int) -> int:
         """When something may be issued again, at least a little after ``now``."""
@@ -74,9 +90,13 @@ class Pace:
             return self._thinking_until
         return int(min(times, default=now))
 
-    def _steps(self, direction: int, lengths: NDArray[np.uint64]) -> NDArray[np.float64]:
-        """Nanoseconds each I/O takes of the direction's time."""
+    def _step(self, direction: int, length: int) -> float:
+        """Nanoseconds an I/O takes of the direction's time."""
         iops, rate = self._job.rate_iops[direction], self._job.rate[direction]
-        if iops:
-            return np.full(len(lengths), SECOND / iops)
-        return lengths.astype(np.float64) * (SECOND / rate)
+        return SECOND / iops if iops else length * (SECOND / rate)
+
+    def _steps(self, direction: int, lengths: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """``_step`` of each."""
+        if self._job.rate_iops[direction]:
+            return np.full(len(lengths), self._step(direction, 0))
+        return lengths.astype(np.float64) * self._step(direction, 1)

@@ -146,7 +146,15 @@ class NvmeQueue:
         slots: NDArray[np.intp],
     ) -> None:
         blocks: Any = int(lengths[0]) >> int(self._shift)
-        if len(lengths) > 1 and np.any(lengths != lengths[0]):
+        control = lib.NVME_RW_DEAC if direction == TRIM else 0
+        if len(lengths) == 1:
+            lba, iova = int(offsets[0]) >> int(self._shift), int(self._iovas[slots[0]])
+            cid = self._pair.submit_one_nowait(
+                _OPCODES[direction], self._nsid, lba, blocks, iova, control=control
+            )
+            self._slot[cid] = slots[0]
+            return
+        if np.any(lengths != lengths[0]):
             blocks = lengths >> self._shift
         cids = self._pair.submit_nowait(
             _OPCODES[direction],
@@ -154,7 +162,7 @@ class NvmeQueue:
             offsets >> self._shift,
             blocks,
             self._iovas[slots],
-            control=lib.NVME_RW_DEAC if direction == TRIM else 0,
+            control=control,
         )
         self._slot[cids] = slots
 
