@@ -166,6 +166,13 @@ class PciFunction:
         self._intx_seen = False
         self._apply_intx()
 
+    def recheck_intx(self) -> bool:
+        """The bus unmasks the asserted pin: whether the device looks again if it is to be, and then tells the level.
+
+        The base: no, what the pin says is so.
+        """
+        return False
+
     def function_level_reset(self) -> None:
         """FLR (PCI Express 4.0 6.6.2): aborts DMA, then everything is as after power-on. Returns when done."""
         self.bus.cancel(True)
@@ -232,10 +239,13 @@ class PciFunction:
         self._dma_cancelled = on
         self._gate_dma()
 
-    def set_intx(self, level: bool) -> None:
-        """Asserts or deasserts the pin. The bus sees it unless INTx is disabled or MSI-X is in use."""
+    def set_intx(self, level: bool, *, tell: bool = False) -> None:
+        """Asserts or deasserts the pin. The bus sees it unless INTx is disabled or MSI-X is in use.
+
+        ``tell``: it is told the level even if that is the same.
+        """
         self._intx_level = level
-        self._apply_intx()
+        self._apply_intx(tell)
 
     # Hooks.
 
@@ -294,12 +304,12 @@ class PciFunction:
     def _gate_dma(self) -> None:
         self.bus.cancel(self._closed or self._dma_cancelled or not self._master)
 
-    def _apply_intx(self) -> None:
+    def _apply_intx(self, tell: bool = False) -> None:
         status = self.config.get(lib.PCI_STATUS, 2) & ~lib.PCI_STATUS_INTERRUPT
         self.config.poke(lib.PCI_STATUS, 2, status | lib.PCI_STATUS_INTERRUPT * self._intx_level)
         disabled = self.config.get(lib.PCI_COMMAND, 2) & lib.PCI_COMMAND_INTX_DISABLE
         level = self._intx_level and not disabled and not self.msix_enabled
-        if level != self._intx_seen and self._intx is not None:
+        if (tell or level != self._intx_seen) and self._intx is not None:
             self._intx_seen = level
             self._intx(level)
 

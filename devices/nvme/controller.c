@@ -385,9 +385,11 @@ int pv_nvme_pin(struct pv_nvme *nvme)
     if (!atomic_load(&nvme->pin) || atomic_load(&nvme->pin_mask) & 1)
         return 0;
     pv_engine_pause(nvme->engine);
+    nvme_catch_up(nvme); /* heads that the host has stored and nobody has looked at yet */
     for (uint32_t i = 0; i < PV_NVME_QUEUES; i++)
         level |= nvme->cq[i].live && nvme->cq[i].interrupts && nvme->cq[i].head != nvme->cq[i].tail;
     pv_engine_unpause(nvme->engine);
+    pv_engine_kick(nvme->engine);
     return level;
 }
 

@@ -88,6 +88,7 @@ class NvmeDevice(FaultHooks, PciFunction):
         self.engine = Engine(lib.pv_nvme_engine(self._nvme), path, engine)
         self.seed_injections(seed)
         self._gone = False
+        self._tell_pin = False
         self.registers = Registers(config, self)
         self._due_changed = trio.Event()
         self._shutdown_wanted = trio.Event()
@@ -204,7 +205,8 @@ class NvmeDevice(FaultHooks, PciFunction):
         else:
             level = lib.pv_nvme_pin(self._nvme)
         if resets == lib.pv_nvme_resets(self._nvme):
-            self.set_intx(bool(level))
+            tell, self._tell_pin = self._tell_pin, False
+            self.set_intx(bool(level), tell=tell)
 
     def _heed(self, events: int) -> None:
         """What the data path has to say."""
@@ -361,6 +363,12 @@ class NvmeDevice(FaultHooks, PciFunction):
         self._choose_pin()
         if master:
             self.engine.kick()
+
+    def recheck_intx(self) -> bool:
+        """The completion queues' heads may have been stored, in the doorbell page or a buffer, and not been heard."""
+        self._tell_pin = True
+        self._choose_pin()
+        return True
 
     def _choose_pin(self) -> None:
         lib.pv_nvme_set_pin(self._nvme, not self.msix_enabled)

@@ -176,6 +176,8 @@ bool nvme_make_doorbells(struct pv_nvme *nvme);
 void nvme_drop_doorbells(struct pv_nvme *nvme);
 /* What was rung since the last call; whether anything was. */
 bool nvme_hear(struct pv_nvme *nvme);
+/* schedule.c: the same for who has paused the engine, if it would listen; the engine is to be kicked then. */
+void nvme_catch_up(struct pv_nvme *nvme);
 /*
  * Where there are shadow doorbells: that of a queue, and its event index, will be stored by the engine before it does
  * anything else, and so before the command that made the queue completes.

@@ -285,6 +285,13 @@ static uint64_t coarse_now(void)
     return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
+void nvme_catch_up(struct pv_nvme *nvme)
+{
+    if (atomic_load_explicit(&nvme->ready, memory_order_acquire) && atomic_load(&nvme->enabled) && !is_dead(nvme) &&
+        !atomic_load_explicit(&nvme->bus->cancel, memory_order_relaxed))
+        nvme_hear(nvme);
+}
+
 int nvme_step(void *device)
 {
     struct pv_nvme *nvme = device;

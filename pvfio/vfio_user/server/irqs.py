@@ -163,9 +163,9 @@ class ServerIrqs:
 
     def _unmask_intx(self) -> None:
         if self._masked:
-            self._masked = self._line
-            if self._line:
-                self._send_intx()
+            self._masked = False
+            if self._line and not self._function.recheck_intx():
+                self._on_line(True)
 
     def _set_intx_mask(self, request: IrqSet, fds: Sequence[int]) -> None:
         self._need_one_intx(request)

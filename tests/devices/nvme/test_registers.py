@@ -212,6 +212,38 @@ async def test_the_pin_and_its_mask() -> None:
         assert rig.read(lib.NVME_REG_INTMS, 4) == 0
 
 
+async def test_the_pin_is_looked_at_again() -> None:
+    """A host that maps the doorbell page stores a head there, and unmasks the interrupt at once: the device must not
+    fire for what is acknowledged, whoever would hear of the head later; and must fire for what came since.
+    """
+    async with running(NvmeConfig(poll_doorbells=True)) as rig:
+        page, ring = rig.device.map_area(0, lib.NVME_REG_DBS, 4096), rig.admin_ring
+        levels: list[bool] = []
+        rig.device.connect_intx(levels.append)
+
+        async def told() -> list[bool]:
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+            found = levels.copy()
+            levels.clear()
+            return found
+
+        def acknowledge() -> None:
+            assert ring.collect()
+            page[4:8] = ring.head.to_bytes(4, "little")
+
+        await told()
+        for _ in range(3):
+            rig.submit(lib.NVME_ADMIN_KEEP_ALIVE)
+            assert await told() == [True]
+            assert rig.device.recheck_intx()
+            assert await told() == [True], "nothing was acknowledged"
+            acknowledge()
+            assert await told() == [], "the store alone is not heard"
+            assert rig.device.recheck_intx()
+            assert await told() == [False]
+
+
 async def test_msix_after_bus_mastering() -> None:
     """A driver may enable MSI-X last of all: from then on the pin is silent."""
     async with running() as rig:

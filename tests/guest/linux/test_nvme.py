@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.guest.linux.rig import Rig
 from tests.guest.linux.serving import Served
 from tests.guest.linux.warnings import about_devices
@@ -127,6 +129,22 @@ def test_it_holds_data(rig: Rig, tmp_path: Path) -> None:
             _check_files(rig.run("nvme", *words, work=tmp_path, sockets=served.sockets).facts, files)
     # The host's own tool agrees.
     subprocess.run(["e2fsck", "-f", "-n", disk], check=True, capture_output=True)
+
+
+def test_with_its_pin(rig: Rig, tmp_path: Path) -> None:
+    """Linux without MSI: no interrupt that nobody wants, after which it would not listen to the pin any more."""
+    if PROFILE != "nightly":
+        pytest.skip("nightly")
+    with Served(tmp_path, "nvme,size=64M") as served:
+        parts = ("identity", "zeroes", "files", "resets")
+        options = ["--append", "pci=nomsi"]
+        facts = rig.run("nvme", *parts, work=tmp_path, sockets=served.sockets, options=options).facts
+    (line,) = facts["interrupts"]
+    assert "fasteoi" in line
+    assert facts["files"] > 100
+    assert facts["discard"]
+    assert facts["after_function_reset"]
+    assert set(about_devices(facts)) <= {"nvme nvme0: resetting controller"}
 
 
 def _check_io(facts: dict[str, Any]) -> None:
