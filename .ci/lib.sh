@@ -69,10 +69,12 @@ build_rig() {
     return 1
 }
 
+# Where it cannot be built (no network, no mounts) the tests that need it say that they are skipped.
 wait_for_rig() {
     if [ -n "$rig_builder" ] && ! wait "$rig_builder"; then
         tail -n 40 "$scratch"/rig*.log
-        return 1
+        printf 'NO GUEST: %s could not be built, its tests are skipped\n' "$PVFIO_RIG"
+        unset PVFIO_RIG
     fi
 }
 
