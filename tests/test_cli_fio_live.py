@@ -29,7 +29,7 @@ SECONDS = 30
 def started(job: Path, *arguments: str, stderr: Any = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
     """The program at work; killed where a test gives up."""
     code = "import sys; from pvfio import cli; sys.exit(cli._status(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "fio", str(job), *arguments]
+    command = [sys.executable, "-P", "-c", code, "fio", str(job), *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment) as process:
         try:

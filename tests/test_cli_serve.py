@@ -24,7 +24,7 @@ from tests.vfio_user.raw import CONFIG, RawClient
 
 pytestmark = pytest.mark.touches_c
 
-PVFIO = [sys.executable, "-m", "pvfio", "serve"]
+PVFIO = [sys.executable, "-P", "-m", "pvfio", "serve"]
 
 
 @contextmanager

@@ -167,7 +167,7 @@ async def served(directory: Path, server_core: int, sizes: Sizes) -> AsyncIterat
         with on_core(server_core):
             stack.enter_context(process(program, echo, ready="ready"))
             stack.enter_context(
-                process(sys.executable, "-m", "pvfio", "serve", *devices, ready="pvfio: ready")
+                process(sys.executable, "-P", "-m", "pvfio", "serve", *devices, ready="pvfio: ready")
             )
         beside = stack.enter_context(closing(PlainClient(library, echo)))
         plain = stack.enter_context(closing(PlainClient(library, one)))

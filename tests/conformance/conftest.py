@@ -89,7 +89,7 @@ class Serving:
     """``pvfio serve`` with these arguments in another process, while it is entered; it must end well."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "pvfio", "serve", *arguments]
+        command = [sys.executable, "-P", "-m", "pvfio", "serve", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> subprocess.Popen[str]:

@@ -61,7 +61,7 @@ unguarded[0]
 def test_faulthandler_sees_what_is_not_guarded(enable: str) -> None:
     program = textwrap.dedent(PROGRAM).format(enable=enable)
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         capture_output=True,
         text=True,
         timeout=60,

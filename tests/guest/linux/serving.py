@@ -27,7 +27,7 @@ class Served:
     def __init__(self, folder: Path, *devices: str) -> None:
         self.sockets = [folder / f"device{number}.sock" for number in range(len(devices))]
         self._log = folder / "serve.log"
-        self._command = [sys.executable, "-m", "pvfio", "serve"]
+        self._command = [sys.executable, "-P", "-m", "pvfio", "serve"]
         for device, socket in zip(devices, self.sockets, strict=True):
             kind, _, words = device.partition(",")
             self._command += ["--device", f"{kind},socket={socket}" + (f",{words}" if words else "")]

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "linux_guest.sh"
 
 def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {
-        "PVFIO": f"{sys.executable} -m pvfio",
+        "PVFIO": f"{sys.executable} -P -m pvfio",
         "PYTHONPATH": str(Path(pvfio.__file__).parents[1]),
         **environment,
     }
