@@ -30,8 +30,8 @@ _TEAR_DOWN: int = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
 
 
 class _Nap:
-    """Whether sleeping in C for one vector has lately been of use. In vain some times in a row, it is left out 16 times,
-    then after each time in vain twice as often; once it was of use it is worth trying again.
+    """Whether sleeping in C for one vector has lately been of use. In vain some times in a row, it is left out 16
+    times, then after each time in vain twice as often; once it was of use it is worth trying again.
     """
 
     __slots__ = ("pause", "skip", "vain")

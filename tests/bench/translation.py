@@ -19,7 +19,8 @@ from pvfio.silicon import PAGING, READ, Iommu, Requester
 K4, M2, MIB = 1 << 12, 1 << 21, 1 << 20
 RW = Perm.READ | Perm.WRITE
 WINDOW = 0x7F12_3000_0000  # every level's index is of its own
-HIT_PAGES, MISS_PAGES = 64, 8192  # the IOTLB has room for 1024
+HIT_PAGES, MISS_PAGES = 64, 32768  # the IOTLB has room for 16384
+FAR_PAGES, FAR = 2048, 1 << 24  # so far apart that it has room for 1024 of them
 DEVICES = (1, 2, 4, 8, 16)
 
 
@@ -46,7 +47,7 @@ class Rig:
 
 
 def make_rig(fmt: Format, page: int) -> Rig:
-    memory = GuestMemory(128 * MIB)
+    memory = GuestMemory(256 * MIB)
     stage2 = PageTable(fmt, memory, owner="host", levels=4, pgsize_bitmap=page)
     for start, length in memory.ram_ranges():
         for gpa in range(start, start + length, BLOCK_SIZE):
@@ -81,14 +82,14 @@ def one_device() -> None:
         for page, name in ((K4, "4K"), (M2, "2M")):
             rig = make_rig(fmt, page)
             near = rig.device(MISS_PAGES)
-            far = rig.device(MISS_PAGES // 4, stride=M2)  # every page in a leaf table of its own
+            far = rig.device(FAR_PAGES, stride=FAR)  # every page in a leaf table of its own
             hit = nanoseconds(near, bench(HIT_PAGES))
             single = nanoseconds(near, bench(HIT_PAGES, section=1))
             before = near.tlb_stats()
             miss = nanoseconds(near, bench(MISS_PAGES))
             after = near.tlb_stats()
             assert after.misses - before.misses >= 31 * 100_000 * 0.99, "these were no misses"
-            scattered = nanoseconds(far, bench(MISS_PAGES // 4, stride=M2))
+            scattered = nanoseconds(far, bench(FAR_PAGES, stride=FAR))
             entries = len(near.walk(WINDOW).steps)
             print(
                 f"{fmt.name.lower():6} {name:5} {entries:7} {hit:8.1f} {single:17.1f} {miss:8.1f} {scattered:10.1f}"
@@ -100,7 +101,7 @@ def many_devices(rounds: int = 7) -> None:
     translation. While that stays what it is, devices cost each other nothing but the processors.
     """
     rig = make_rig(Format.VTDSS, M2)
-    pages, calls = MISS_PAGES // 4, 300_000
+    pages, calls = MISS_PAGES, 300_000
     requesters = [rig.device(pages) for _ in range(max(DEVICES))]
     buses = ffi.new("struct pv_bus *[]", [requester.ptr for requester in requesters])
     ns, cpu_ns = ffi.new("uint64_t *"), ffi.new("uint64_t *")

@@ -285,7 +285,7 @@ def test_it_forgets_the_oldest_when_full_and_stays_right(rig: Any) -> None:
     domain, table = rig.paging()
     buffer = rig.memory.alloc(PAGE_SIZE)
     gpa = rig.memory.runs(buffer.vaddr, 1)[0][0]
-    count = 3000
+    count = 20_000
     for page in range(count):
         table.map_range(IOVA + page * PAGE_SIZE, gpa, PAGE_SIZE, RW)
     device = rig.requester(domain)

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.touches_c
 
 PAGE = 4096
 WINDOW = 0x7F12_3000_0000
-PAGES = 2048  # twice the IOTLB's room
+PAGES = 32_768  # twice the IOTLB's room
 RW = Perm.READ | Perm.WRITE
 
 
 def device(rig: Any) -> Requester:
     domain, table = rig.paging()
     for page in range(PAGES):
-        table.map_range(WINDOW + page * PAGE, page * PAGE, PAGE, RW)
+        table.map_range(WINDOW + page * PAGE, page % 1024 * PAGE, PAGE, RW)
     rig.tables = [*getattr(rig, "tables", []), table]
     requester: Requester = rig.requester(domain)
     return requester

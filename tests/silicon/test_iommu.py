@@ -152,7 +152,7 @@ def test_iotlb_forgets_the_oldest_when_full_and_stays_right(rig: Any) -> None:
     domain, table = rig.paging()
     buffer = rig.memory.alloc(PAGE_SIZE)
     gpa = rig.memory.runs(buffer.vaddr, 1)[0][0]
-    count = 3000
+    count = 20_000
     for page in range(count):
         table.map_range(IOVA + page * PAGE_SIZE, gpa, PAGE_SIZE, RW)
     requester = rig.requester(domain)
@@ -160,7 +160,36 @@ def test_iotlb_forgets_the_oldest_when_full_and_stays_right(rig: Any) -> None:
         for page in range(count):
             requester.write(IOVA + page * PAGE_SIZE, bytes([round + page & 0xFF]))
             assert buffer[0] == round + page & 0xFF
-    assert 512 <= requester.tlb_stats().entries <= 1024
+    assert 12_000 <= requester.tlb_stats().entries <= 16_384
+
+
+@pytest.mark.parametrize("entries", [3, 40, 700])
+@pytest.mark.parametrize("lg2", [12, 13, 16, 18, 20, 21, 22, 30])
+def test_a_flush_drops_what_it_covers_and_nothing_else(rig: Any, entries: int, lg2: int) -> None:
+    domain, table = rig.paging()
+    buffer = rig.memory.alloc(PAGE_SIZE)
+    gpa = rig.memory.runs(buffer.vaddr, 1)[0][0]
+    middle = (IOVA >> 30 << 30) + (1 << 30)
+    pages = [middle + (page - entries // 2) * PAGE_SIZE for page in range(entries)]
+    large = middle + (1 << 22)  # a page of 2 MiB that the flush may be inside of, or cover
+    for page in pages:
+        table.map_range(page, gpa, PAGE_SIZE, RW)
+    table.map_range(large, gpa >> 21 << 21, 1 << 21, RW)
+    for first in (middle, large):
+        requester = rig.requester(domain)
+        for page in [*pages, large]:
+            requester.read(page, 1)
+        assert requester.tlb_stats().entries == entries + 1
+        domain.invalidate_pages(first >> 12, lg2 - 12)
+        start = first >> lg2 << lg2
+        kept = [page for page in pages if not start <= page < start + (1 << lg2)]
+        meets = start < large + (1 << 21) and large < start + (1 << lg2)
+        assert requester.tlb_stats().entries == len(kept) + (not meets)
+        before = requester.tlb_stats().misses
+        for page in kept + ([] if meets else [large]):
+            requester.read(page, 1)
+        assert requester.tlb_stats().misses == before
+        requester.close()
 
 
 def test_permission_of_either_stage_is_enough_to_refuse(rig: Any) -> None:
