@@ -17,11 +17,12 @@ pytestmark = pytest.mark.touches_c
 
 # The pvfio that is tested, installed or not, and the tests' own rig beside it.
 BUSY_AT_EXIT = f"""
-import sys
+import ctypes, sys
 from pvfio.abi import ffi, lib
 sys.path.append({str(Path(__file__).parents[3])!r})
 from tests.devices.dsa.rig import MEMORY, Rig, descriptor
 rig = Rig("thread")
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(rig.memory)) # memory that a device may reach lasts as long as the process
 rig.submit(descriptor(lib.DSA_OPCODE_MEMFILL, dst_addr=MEMORY, xfer_size=1 << 20, flags=0))
 print("bye")
 """

@@ -200,11 +200,12 @@ def survivors(image: Path, cache: bool, seed: int, *, lie: bool = False) -> bool
     """Kills a writer and looks whether every block has what was durable, or something later."""
     image.write_bytes(bytes(BLOCKS * PAGE))
     code = WRITER.format(path=sys.path, image=str(image), cache=cache, seed=seed, lie=lie)
-    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE) as writer:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         words = writer.stdout.read(8 * (5 + 30 * (seed % 4)))
         writer.send_signal(signal.SIGKILL)
         words += writer.stdout.read()
+    assert words, "the writer did not begin"
     durable = int.from_bytes(words[len(words) // 8 * 8 - 8 :][:8])
     content = np.fromfile(image, np.uint64).reshape(BLOCKS, -1)
     wanted = np.zeros(BLOCKS, np.uint64)
