@@ -192,8 +192,14 @@ async def test_buffers_come_and_go_under_running_batches(running: Any, platform:
             descriptors.memmove(victim_iova + offsets, src.iova + offsets, PAGE, out=batch.descriptors)
             while outcomes["faulted"] < least and outcomes["whole"] < most:
                 victim[:] = 0
+                # Where the two share a processor the engine may be done each time: then it begins after the unmap.
+                late = sum(outcomes.values()) % 20 == 19
+                if late:
+                    r.engine.pause()
                 submission = r.wq.batch_nowait(batch)
                 r.container.unmap_dma_nowait(victim_iova, members * PAGE)
+                if late:
+                    r.engine.unpause()
                 landed = np.array(victim)  # from here on nothing may land any more
                 status = int((await submission.wait())[0]["status"])
                 assert np.array_equal(victim, landed)
