@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 
 # Where C lives.
-ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "vfio_user", "devices", "workloads")
+ROOMS = ("memory", "pagetable", "silicon", "guest", "vfio", "vfio_user", "devices", "drivers", "workloads")
 # In the order in which the structures depend on each other.
 ABI_HEADERS = ("hyperv", "vfio", "iommufd", "pci", "dsa", "nvme", "vfio_user")
 ROOM_HEADERS = (
@@ -46,6 +46,7 @@ ROOM_HEADERS = (
     "devices/dsa/dsa_engine.h",
     "devices/rogue.h",
     "devices/nvme/nvme_engine.h",
+    "drivers/nvme/ring.h",
     "workloads/bench_loops.h",
     "workloads/latency.h",
     "workloads/map_loop.h",

@@ -84,21 +84,22 @@ class VectorQueue(CommandQueue):
         ``DeviceFailed`` when the queue is not there, ``ValueError`` for a transfer that is longer than the controller
         allows. Nothing was submitted then.
         """
-        self._check()
-        count = len(lbas)
-        if self._paused or self._ring.room < count:
+        ring, count = self._ring, len(lbas)
+        if self._closed is not None or self._paused or ring.room < count:
+            self._check()
             raise trio.WouldBlock
-        if isinstance(blocks, int):
-            template = self._template(opcode, nsid, blocks, control)
-            cids = self._ring.take(count, self._now())
-            self._ring.fill(template, cids, lbas, iovas)
-            if self._lists is not None and template.length:
-                self._lists.point(self._ring, cids, iovas, template.length)
-        else:
+        if not isinstance(blocks, int):
             cids = self._uneven(opcode, nsid, lbas, blocks, iovas, control)
+        else:
+            template = self._template(opcode, nsid, blocks, control)
+            if metadata is None and (self._lists is None or not template.length):
+                return ring.post(template, lbas, iovas, self._now())
+            cids = ring.fill(template, lbas, iovas, self._now())
+            if self._lists is not None and template.length:
+                self._lists.point(ring, cids, iovas, template.length)
         if metadata is not None:
-            self._ring.overwrite(2, metadata)
-        self._ring.ring()
+            ring.overwrite(2, metadata)
+        ring.ring()
         return cids
 
     def submit_one_nowait(
@@ -169,8 +170,7 @@ class VectorQueue(CommandQueue):
         template = self._template(opcode, nsid, int(sizes.max()), control)
         longest = template.length
         lengths = sizes * np.uint64(self._controller.transfer_size(nsid) if longest else 0)
-        cids = self._ring.take(len(lbas), self._now())
-        self._ring.fill(template, cids, lbas, iovas)
+        cids = self._ring.fill(template, lbas, iovas, self._now())
         self._ring.overwrite(6, sizes - np.uint64(1) | np.uint64(control))
         if longest and self._lists is None:
             self._ring.overwrite(4, lengths)
@@ -214,10 +214,12 @@ class VectorQueue(CommandQueue):
         """
         if self._ready:
             return self._taken(most)
-        done = self._collect(most, least=least, wait_ns=wait_ns)
+        mixed = bool(self._waiters)
+        done = self._collect(most, least=least, wait_ns=wait_ns, release=not mixed)
         if done is None:
             return NOTHING
-        self._ring.release(done.cids)
+        if mixed:
+            self._ring.release(done.cids)
         return done
 
     def _taken(self, most: int | None) -> Completions:

@@ -119,15 +119,8 @@ class CommandQueue:
         self._ring.ring()
 
     def _put(self, command: Command, sqe: Sqe) -> None:
-        cid = int(self._ring.take(1, self._now())[0])
-        try:
-            packed = sqe.pack(cid)
-        except BaseException:
-            self._ring.give_back(cid)
-            raise
-        command.cid = cid
-        self._waiters[cid] = command
-        self._ring.put(packed)
+        command.cid = self._ring.put(sqe.pack(), self._now())
+        self._waiters[command.cid] = command
 
     async def _run(
         self,
@@ -211,13 +204,16 @@ class CommandQueue:
 
     # Completion
 
-    def _collect(self, most: int | None = None, *, least: int = 1, wait_ns: int = 0) -> Completions | None:
+    def _collect(
+        self, most: int | None = None, *, least: int = 1, wait_ns: int = 0, release: bool = False
+    ) -> Completions | None:
         """Takes completions: awaited commands get theirs, the rest is returned; None: there was nothing to take.
 
-        What is returned may be empty: all of it was awaited. Its identifiers are released by whoever hands it out.
+        What is returned may be empty: all of it was awaited. Its identifiers are released by whoever hands it out, or,
+        where nothing is awaited, at once.
         """
         try:
-            taken = self._ring.reap(most, least=least, wait_ns=wait_ns)
+            taken = self._ring.reap(most, least=least, wait_ns=wait_ns, release=release)
         except DeviceFailed as error:
             self._controller.condemn(error.reason)
             raise

@@ -29,12 +29,12 @@ class Sqe:
     cdw14: int = 0
     cdw15: int = 0
 
-    def pack(self, cid: int) -> bytes:
-        """The command under an identifier. ``struct.error`` for a field that has more bits than there is room for."""
+    def pack(self) -> bytes:
+        """The command, without an identifier. ``struct.error`` for a field with more bits than there is room for."""
         return _LAYOUT.pack(
             self.opcode,
             self.flags,
-            cid,
+            0,
             self.nsid,
             self.cdw2,
             self.cdw3,

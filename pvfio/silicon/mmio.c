@@ -4,7 +4,6 @@
 #include "mmio.h"
 
 #include <errno.h>
-#include <string.h>
 
 static int check(const struct pv_mmio *mmio, uint64_t offset, uint64_t size)
 {
@@ -64,18 +63,4 @@ int pv_mmio_enqcmd(struct pv_mmio *mmio, uint64_t offset, const void *src64)
     if (!error && mmio->ops->kick)
         mmio->ops->kick(mmio->device);
     return error;
-}
-
-int64_t pv_mmio_post(struct pv_mmio *mmio, const struct pv_mmio_queue *queue, uint32_t at, const uint8_t *entry, uint16_t id,
-                     uint64_t first, uint64_t second)
-{
-    uint64_t words[8];
-    memcpy(words, entry, sizeof(words));
-    words[0] = (words[0] & ~0xFFFF0000ull) | (uint64_t)id << 16;
-    words[queue->word[0] & 7] = first;
-    words[queue->word[1] & 7] = second;
-    memcpy(queue->entries + (uint64_t)at * 8, words, sizeof(words));
-    uint32_t tail = at + 1 < queue->size ? at + 1 : 0;
-    int error = mmio ? pv_mmio_store(mmio, queue->doorbell, 4, tail) : -ENOTTY;
-    return error ? error : (int64_t)tail;
 }

@@ -51,21 +51,6 @@ struct pv_mmio_area {
  */
 struct pv_mmio *pv_mapped_bar_create(uint64_t size, const struct pv_mmio_area *areas, uint32_t count);
 void pv_mapped_bar_destroy(struct pv_mmio *mmio);
-
-/* A queue of 64-byte entries in memory that the device is told the tail of, and the words in which entries differ. */
-struct pv_mmio_queue {
-    uint64_t *entries;
-    uint32_t size;
-    uint32_t word[2];
-    uint64_t doorbell; /* offset of a 4-byte register */
-};
-
-/*
- * Entry `at` (below the size) becomes `entry`, but for those two words and bits 31:16 of word 0, which are `id`; then the
- * doorbell gets the new tail. That tail, or -errno: the entry is there, and the device was not told (ENOTTY: mmio is NULL).
- */
-int64_t pv_mmio_post(struct pv_mmio *mmio, const struct pv_mmio_queue *queue, uint32_t at, const uint8_t *entry, uint16_t id,
-                     uint64_t first, uint64_t second);
 /* cffi: end */
 
 #endif

@@ -128,18 +128,6 @@ uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask
     return done;
 }
 
-int64_t pv_wait_entry(const void *first, int64_t stride, uint64_t index, uint32_t mask, uint32_t wanted, uint64_t timeout_ns)
-{
-    struct pace pace = {.timeout = timeout_ns, .spin = RUN_SPIN_NS};
-    const uint32_t *word = (const void *)((const uint8_t *)first + (int64_t)index * stride);
-    do {
-        uint32_t value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
-        if ((value & mask) == wanted)
-            return value;
-    } while (pace_step(&pace));
-    return -1;
-}
-
 uint64_t pv_wait_event(int eventfd, uint64_t timeout_ns)
 {
     struct pollfd fd = {.fd = eventfd, .events = POLLIN};

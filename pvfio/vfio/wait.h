@@ -23,8 +23,6 @@ uint64_t pv_wait_bytes(const void *first, int64_t stride, uint64_t n, uint8_t ma
    Waits while that is fewer than `least` (and n). */
 uint64_t pv_wait_run(const void *first, int64_t stride, uint64_t n, uint8_t mask, uint8_t wanted, uint64_t least,
                      uint64_t timeout_ns);
-/* One such entry, the aligned word of which holds the tag: that word, or -1 when time is up. */
-int64_t pv_wait_entry(const void *first, int64_t stride, uint64_t index, uint32_t mask, uint32_t wanted, uint64_t timeout_ns);
 /* Until an eventfd that does not block has a count, asleep: the count, which is 0 afterwards; 0: time is up, or a signal
    came. The kernel's timer slack comes on top of the time. */
 uint64_t pv_wait_event(int eventfd, uint64_t timeout_ns);

@@ -174,20 +174,6 @@ def test_a_run_of_phase_bits(wanted: int) -> None:
     assert run(6) == 4
 
 
-def test_one_entry_of_a_ring() -> None:
-    words = np.zeros((4, 4), dtype=np.uint32)
-    first = ffi.cast("uint32_t *", ffi.from_buffer(words)) + 3
-
-    def look(index: int, wanted: int, timeout_ns: int = 0) -> int:
-        return int(lib.pv_wait_entry(first, 16, index, 1 << 16, wanted, timeout_ns))
-
-    assert look(2, 1 << 16, 1000) == -1
-    words[2, 3] = 0xFFFF_0007
-    assert look(2, 1 << 16) == 0xFFFF_0007
-    assert look(2, 0) == look(1, 1 << 16) == -1
-    assert look(1, 0) == 0
-
-
 def test_an_eventfd() -> None:
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
