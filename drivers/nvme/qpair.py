@@ -82,39 +82,55 @@ class VectorQueue(CommandQueue):
         65536 for all or of shape (n,); ``control`` goes into CDW12 (``lib.NVME_RW_FUA``, ...). ``metadata``: IOVAs of
         the metadata, where it is separate. Raises ``trio.WouldBlock`` when there is no room for all of them,
         ``DeviceFailed`` when the queue is not there, ``ValueError`` for a transfer that is longer than the controller
-        allows. Nothing was submitted then.
+        allows and for arrays of other shapes. Nothing was submitted then.
         """
-        ring, count = self._ring, len(lbas)
-        if self._closed is not None or self._paused or ring.room < count:
+        if self._closed is not None or self._paused:
             self._check()
             raise trio.WouldBlock
+        ring = self._ring
+        if metadata is not None and metadata.shape != (len(lbas),):
+            raise ValueError("every command has its metadata")
         if not isinstance(blocks, int):
             cids = self._uneven(opcode, nsid, lbas, blocks, iovas, control)
         else:
             template = self._template(opcode, nsid, blocks, control)
-            if metadata is None and (self._lists is None or not template.length):
-                return ring.post(template, lbas, iovas, self._now())
-            cids = ring.fill(template, lbas, iovas, self._now())
-            if self._lists is not None and template.length:
+            pointed = self._lists is not None and template.length
+            if metadata is None and not pointed:
+                begun = ring.post(template, lbas, iovas, self._now())
+                if begun is None:
+                    raise trio.WouldBlock
+                return begun
+            cids = self._filled(template, lbas, iovas)
+            if self._lists is not None and pointed:
                 self._lists.point(ring, cids, iovas, template.length)
         if metadata is not None:
             ring.overwrite(2, metadata)
         ring.ring()
         return cids
 
+    def _filled(
+        self, template: Template, lbas: NDArray[np.uint64], iovas: NDArray[np.uint64]
+    ) -> NDArray[np.intp]:
+        cids = self._ring.fill(template, lbas, iovas, self._now())
+        if cids is None:
+            raise trio.WouldBlock
+        return cids
+
     def submit_one_nowait(
         self, opcode: int, nsid: int, lba: int, blocks: int, iova: int, *, control: int = 0
     ) -> int:
         """``submit_nowait`` of a single command in plain numbers, which is faster for one; its identifier."""
-        ring = self._ring
-        if self._closed is not None or self._paused or not ring.room:
+        if self._closed is not None or self._paused:
             self._check()
             raise trio.WouldBlock
         template = self._template(opcode, nsid, blocks, control)
         if self._lists is not None and template.length > PAGE - iova % PAGE:
             where = np.array([lba, iova], dtype=np.uint64)
             return int(self.submit_nowait(opcode, nsid, where[:1], blocks, where[1:], control=control)[0])
-        return ring.post_one(template, lba, iova, self._now)
+        cid = self._ring.post_one(template, lba, iova, self._now)
+        if cid < 0:
+            raise trio.WouldBlock
+        return cid
 
     def reap_one_nowait(self, wait_ns: int = 0) -> tuple[int, int] | None:
         """``reap_nowait`` of a single command: identifier and status, None where none completed.
@@ -170,7 +186,7 @@ class VectorQueue(CommandQueue):
         template = self._template(opcode, nsid, int(sizes.max()), control)
         longest = template.length
         lengths = sizes * np.uint64(self._controller.transfer_size(nsid) if longest else 0)
-        cids = self._ring.fill(template, lbas, iovas, self._now())
+        cids = self._filled(template, lbas, iovas)
         self._ring.overwrite(6, sizes - np.uint64(1) | np.uint64(control))
         if longest and self._lists is None:
             self._ring.overwrite(4, lengths)

@@ -109,22 +109,29 @@ static void free_cid(struct pv_nvme_ring *ring, uint16_t cid)
     ring->free[ring->room++] = cid;
 }
 
+static int64_t tell_bit(const struct pv_nvme_ring *ring)
+{
+    return ring->unacknowledged >= ring->most_unacknowledged ? PV_NVME_TELL : 0;
+}
+
 int64_t pv_nvme_reap(struct pv_nvme_ring *ring, uint32_t most, uint32_t least, uint64_t wait_ns, int release, int64_t *cids,
                      uint16_t *status)
 {
-    uint64_t ready = wait_for(ring, most, least, wait_ns);
-    ring->failed = 0;
-    for (uint64_t i = 0; i < ready; i++) {
+    int64_t ready = (int64_t)wait_for(ring, most, least, wait_ns), count = 0, failed = 0;
+    for (; count < ready; count++) {
         int64_t done = take(ring);
-        if (done < 0)
-            return i ? (int64_t)i : done; /* those before it are good */
-        cids[i] = done & 0xFFFF;
-        status[i] = (uint16_t)(done >> 16);
-        ring->failed += status[i] != 0;
+        if (done < 0) {
+            if (!count)
+                return done;
+            break; /* those before it are good */
+        }
+        cids[count] = done & 0xFFFF;
+        status[count] = (uint16_t)(done >> 16);
+        failed += status[count] != 0;
         if (release)
             free_cid(ring, (uint16_t)done);
     }
-    return (int64_t)ready;
+    return count | failed << 16 | tell_bit(ring);
 }
 
 int64_t pv_nvme_reap_one(struct pv_nvme_ring *ring, uint64_t wait_ns)
@@ -132,9 +139,10 @@ int64_t pv_nvme_reap_one(struct pv_nvme_ring *ring, uint64_t wait_ns)
     if (!wait_for(ring, 1, 1, wait_ns))
         return -EAGAIN;
     int64_t done = take(ring);
-    if (done >= 0)
-        free_cid(ring, (uint16_t)done);
-    return done;
+    if (done < 0)
+        return done;
+    free_cid(ring, (uint16_t)done);
+    return done | tell_bit(ring);
 }
 
 int pv_nvme_release(struct pv_nvme_ring *ring, const int64_t *cids, uint32_t n)

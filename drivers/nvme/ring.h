@@ -26,7 +26,7 @@ struct pv_nvme_ring {
     uint32_t tail, head, phase;
     uint32_t room, outstanding;
     uint32_t unacknowledged; /* completions taken of which the controller was not told */
-    uint32_t failed;         /* of those the last pv_nvme_reap returned: how many are no success */
+    uint32_t most_unacknowledged;
 };
 
 /*
@@ -44,14 +44,17 @@ int pv_nvme_post_one(struct pv_nvme_ring *ring, struct pv_mmio *mmio, const uint
 /* The next command is `entry`, but for the identifier. That, or -EAGAIN. The doorbell is not rung. */
 int pv_nvme_put(struct pv_nvme_ring *ring, const uint8_t *entry, int64_t now);
 
+/* Beside what was reaped: it is time to tell the controller of it (the head doorbell). */
+#define PV_NVME_TELL 0x100000000
 /*
  * Takes at most `most` completions, and those up to the end of the queue's memory; waits up to `wait_ns` while there are
- * fewer than `least`. How many, with their identifiers and statuses (0: success). -EPROTO: the next one is of no command
- * in flight, the controller is not to be trusted. `release`: the identifiers can be given out again at once.
+ * fewer than `least`. How many, in bits 15:0, with their identifiers and statuses; in bits 31:16 how many of these are no
+ * success; PV_NVME_TELL. -EPROTO: the next one is of no command in flight, the controller is not to be trusted.
+ * `release`: the identifiers can be given out again at once.
  */
 int64_t pv_nvme_reap(struct pv_nvme_ring *ring, uint32_t most, uint32_t least, uint64_t wait_ns, int release, int64_t *cids,
                      uint16_t *status);
-/* As pv_nvme_reap of one with `release`: identifier and, from bit 16 on, status; -EAGAIN: there is none. */
+/* As pv_nvme_reap of one with `release`: identifier, from bit 16 on its status, PV_NVME_TELL; -EAGAIN: there is none. */
 int64_t pv_nvme_reap_one(struct pv_nvme_ring *ring, uint64_t wait_ns);
 /* Identifiers that pv_nvme_reap returned can be given out again. 0, or -EINVAL: they cannot be, and none is. */
 int pv_nvme_release(struct pv_nvme_ring *ring, const int64_t *cids, uint32_t n);

@@ -33,6 +33,7 @@ _PAGE: Final = 4096
 _SQE: Final[int] = lib.NVME_SQE_SIZE
 _CQE: Final[int] = lib.NVME_CQE_SIZE
 _UNTOLD: Final[int] = lib.PV_NVME_UNTOLD
+_TELL: Final[int] = lib.PV_NVME_TELL
 _NONE: Final = -errno.EAGAIN
 _U64: Final = np.dtype(np.uint64)
 _NO_STATUS: Final = np.zeros(1 << 16, dtype=np.uint16)
@@ -120,8 +121,6 @@ class Ring:
         self._cq = plain[start : start + cq_entries * _CQE]
         self._word: NDArray[np.uint64] = self._sq.view(np.uint64).reshape(entries, 8)
         self._result: NDArray[np.uint32] = self._cq.view(np.uint32).reshape(cq_entries, 4)[:, 0]
-        # The controller needs room for what is outstanding; it is told of the rest now and then.
-        self._most_unacknowledged = max(1, cq_entries - 1 - self.depth)
         self.since: NDArray[np.int64] = np.zeros(self.depth, dtype=np.int64)
         self._free: NDArray[np.uint16] = np.empty(self.depth, dtype=np.uint16)
         # Where C says which commands it began or ended; reused by every call.
@@ -138,6 +137,8 @@ class Ring:
         state.sq, state.cq, state.free, state.since = self._sq_c, self._cq_c, self._free_c, self._since_c
         state.entries, state.cq_entries, state.depth = entries, cq_entries, self.depth
         state.sq_doorbell = self._sq_doorbell
+        # The controller needs room for what is outstanding; it is told of the rest now and then.
+        state.most_unacknowledged = max(1, cq_entries - 1 - self.depth)
         self.forget()
 
     @property
@@ -166,19 +167,21 @@ class Ring:
         state.tail = state.head = state.unacknowledged = 0
         state.phase = 1
 
-    # Submission. All of it needs room for what is submitted.
+    # Submission
 
     def put(self, command: bytes, now: int) -> int:
-        """The next command, whole but for its identifier, in flight since ``now`` (not 0); its identifier. The
-        doorbell is not rung.
+        """The next command, whole but for its identifier, in flight since ``now`` (not 0); its identifier. There is
+        room for it. The doorbell is not rung.
         """
         cid: int = lib.pv_nvme_put(self._state, command, now)
         return cid
 
     def post_one(self, template: Template, lba: int, address: int, clock: Callable[[], int]) -> int:
-        """``post`` of one command, in numbers; its identifier."""
+        """``post`` of one command, in numbers; its identifier, or less than 0: there is no room."""
         mmio = self._region.mmio or ffi.NULL
         cid: int = lib.pv_nvme_post_one(self._state, mmio, template.entry, lba, address, 1)
+        if cid < 0:
+            return cid
         told = cid < _UNTOLD
         cid &= _UNTOLD - 1
         self._since_c[cid] = clock()  # the controller is at work meanwhile
@@ -188,22 +191,26 @@ class Ring:
 
     def post(
         self, template: Template, lbas: NDArray[np.uint64], addresses: NDArray[np.uint64], now: int
-    ) -> NDArray[np.intp]:
-        """The next ``len(lbas)`` commands, in flight since ``now`` (not 0), and the doorbell; their identifiers.
-        ``ValueError``: the arrays do not have one length; nothing happened.
+    ) -> NDArray[np.intp] | None:
+        """The next ``len(lbas)`` commands, in flight since ``now`` (not 0), and the doorbell; their identifiers. None:
+        there is no room for all of them. ``ValueError``: the arrays do not have one length. Nothing happened then.
         """
         count = len(lbas)
         mmio = self._region.mmio or ffi.NULL
-        if self._post(mmio, template, count, lbas, addresses, now):
-            self.ring()
+        error = self._post(mmio, template, count, lbas, addresses, now)
+        if error:
+            if error == _NONE:
+                return None
+            self.ring()  # another way, or it says what is wrong
         return self._cids[:count].copy()
 
     def fill(
         self, template: Template, lbas: NDArray[np.uint64], addresses: NDArray[np.uint64], now: int
-    ) -> NDArray[np.intp]:
+    ) -> NDArray[np.intp] | None:
         """As ``post``, without the doorbell."""
         count = len(lbas)
-        self._post(ffi.NULL, template, count, lbas, addresses, now)
+        if self._post(ffi.NULL, template, count, lbas, addresses, now) == _NONE:
+            return None
         return self._cids[:count].copy()
 
     def _post(
@@ -248,15 +255,16 @@ class Ring:
         """
         if most is None or most > self.depth:
             most = self.depth
-        state = self._state
-        count = lib.pv_nvme_reap(state, most, least, wait_ns, release, self._cids_c, self._status_c)
-        if count <= 0:
-            if count:
+        done = lib.pv_nvme_reap(self._state, most, least, wait_ns, release, self._cids_c, self._status_c)
+        if done <= 0:
+            if done:
                 self._distrust()
             return None
-        if state.unacknowledged >= self._most_unacknowledged:
+        if done >= _TELL:
             self.acknowledge()
-        failed = state.failed
+        count, failed = done & 0xFFFF, done >> 16 & 0xFFFF
+        if not count:  # told of those before
+            return None
         status = self._status[:count].copy() if failed else _NO_STATUS[:count]
         return Completions(self._cids[:count].copy(), status, failed)
 
@@ -267,8 +275,9 @@ class Ring:
             if done != _NONE:
                 self._distrust()
             return None
-        if self._state.unacknowledged >= self._most_unacknowledged:
+        if done >= _TELL:
             self.acknowledge()
+            done -= _TELL
         return done & 0xFFFF, done >> 16
 
     def result(self) -> int:

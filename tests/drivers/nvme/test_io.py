@@ -244,3 +244,31 @@ async def test_a_device_of_another_class(rig: Any) -> None:
         with pytest.raises(DeviceFailed, match="not an NVMe controller"):
             async with NvmeDriver(device):
                 pass
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "fewer addresses": {"iovas": 2},
+    "more addresses": {"iovas": 4},
+    "fewer lengths": {"blocks": np.ones(2, dtype=np.uint16)},
+    "a length of nothing": {"blocks": np.array([1, 0, 1], dtype=np.uint16)},
+    "less metadata": {"metadata": np.zeros(2, dtype=np.uint64)},
+    "metadata for one": {"metadata": np.zeros((3, 1), dtype=np.uint64)},
+}
+
+
+@pytest.mark.parametrize("sgl", [True, False], ids=["sgl", "prp"])
+@pytest.mark.parametrize("wrong", SHAPES.values(), ids=SHAPES)
+async def test_arrays_that_do_not_fit_each_other(
+    running: Any, autojump_clock: Any, wrong: dict[str, Any], sgl: bool
+) -> None:
+    """Nothing is submitted, and no identifier is lost."""
+    async with running(completion="polled", sgl=sgl) as r:
+        buffer = await r.container.alloc(4 * BLOCK)
+        iovas = addresses(buffer, wrong.get("iovas", 3))
+        lbas = np.arange(3, dtype=np.uint64)
+        blocks, metadata = wrong.get("blocks", 1), wrong.get("metadata")
+        room = r.queue.room
+        with pytest.raises(ValueError, match=r"values for|its number of blocks|its metadata"):
+            r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas, blocks, iovas, metadata=metadata)
+        assert (r.queue.outstanding, r.queue.room) == (0, room)
+        await r.nvme.read(1, 0, buffer)

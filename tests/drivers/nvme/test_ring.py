@@ -53,6 +53,12 @@ class Bells(Region):
         raise VfioError(22, "mmap")
 
 
+def cids_of(begun: Any) -> list[int]:
+    assert begun is not None, "there is room"
+    cids: list[int] = begun.tolist()
+    return cids
+
+
 def make(entries: int, cq_entries: int, mapped: bool = True) -> tuple[Ring, Bells, DmaBuffer]:
     buffer = GuestMemory(BLOCK_SIZE).alloc(queue_bytes(entries, cq_entries))
     buffer.iova = 1 << 20
@@ -140,11 +146,11 @@ class RingMachine(RuleBasedStateMachine):
         lbas = words(count, lba)
         addresses = lbas * np.uint64(PAGE)
         if how == "fill":
-            self.begun(ring.fill(ENTRY, lbas, addresses, NOW).tolist(), lba)
+            self.begun(cids_of(ring.fill(ENTRY, lbas, addresses, NOW)), lba)
             return
         if how == "strided":
             lbas, addresses = np.repeat(lbas, 2)[::2], addresses.astype(np.int64)
-        self.begun(ring.post(ENTRY, lbas, addresses, NOW).tolist(), lba)
+        self.begun(cids_of(ring.post(ENTRY, lbas, addresses, NOW)), lba)
         self.rang()
 
     @rule()
@@ -237,7 +243,7 @@ TestRing = RingMachine.TestCase
 def test_good_completions_before_a_bad_one_are_not_lost() -> None:
     ring, bells, buffer = make(8, 8)
     controller = Controller(8, 8, bells, buffer)
-    cids = ring.post(ENTRY, words(4), words(4), NOW).tolist()
+    cids = cids_of(ring.post(ENTRY, words(4), words(4), NOW))
     controller.complete(cids[2], 0)
     controller.complete(cids[0], 5)
     controller.complete(cids[2], 0)  # again
@@ -269,7 +275,7 @@ def test_words_of_the_last_commands_are_written_again() -> None:
     """Also over the end of the queue."""
     ring, bells, buffer = make(6, 6)
     controller = Controller(6, 6, bells, buffer)
-    for cid in ring.post(ENTRY, words(4), words(4), NOW).tolist():
+    for cid in cids_of(ring.post(ENTRY, words(4), words(4), NOW)):
         controller.complete(cid, 0)
     controller.fetch()
     assert ring.reap(release=True)
@@ -286,7 +292,7 @@ BAD_RELEASES = [[1], [-1], [7], [1 << 40], [0, 1]]
 def test_what_was_not_reaped_is_not_released(cids: list[int]) -> None:
     ring, bells, buffer = make(8, 8)
     controller = Controller(8, 8, bells, buffer)
-    begun = ring.post(ENTRY, words(1), words(1), NOW).tolist()
+    begun = cids_of(ring.post(ENTRY, words(1), words(1), NOW))
     if max(cids) > 1 or min(cids) < 0:  # one may be released: but not these
         controller.complete(begun[0], 0)
         assert ring.reap()
@@ -294,6 +300,16 @@ def test_what_was_not_reaped_is_not_released(cids: list[int]) -> None:
     with pytest.raises(ValueError, match="not to be released"):
         ring.release(np.array(cids, dtype=np.intp))
     assert ring.room == room
+
+
+def test_more_than_there_is_room_for() -> None:
+    ring, bells, _ = make(8, 8)
+    assert ring.post(ENTRY, words(8), words(8), NOW) is None
+    assert ring.fill(ENTRY, words(8), words(8), NOW) is None
+    assert (ring.outstanding, ring.room, bells.read_nowait(SQ)) == (0, 7, 0)
+    assert len(cids_of(ring.fill(ENTRY, words(7), words(7), NOW))) == 7
+    assert ring.post_one(ENTRY, 0, 0, lambda: NOW) < 0
+    assert ring.post(ENTRY, words(1), words(1), NOW) is None
 
 
 def test_more_than_there_is_room_for_is_refused_in_c() -> None:
