@@ -2,8 +2,7 @@
 
 The machine has one NVMe controller with a namespace in memory, as large as the jobs' files need, or with an image file.
 Exit statuses are the command line's, 1 where a job ended with an error, and 128, as fio's, where the first interrupt
-ended the jobs. Not here: fio's ``--client``, ``--server``,
-``--latency-log``, ``terse``.
+ended the jobs. Not here: fio's ``--client``, ``--server``, ``--latency-log``, ``terse``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import trio
 
-from pvfio.cli_run import EngineChoice, Platform, UsageError, check_output, run_program
+from pvfio.cli_run import EngineChoice, Platform, UsageError, check_output, run_program, single
 
 if TYPE_CHECKING:
     from pvfio.drivers.nvme import Completion, NvmeDriver
@@ -233,8 +232,8 @@ async def _main(options: FioOptions) -> int:
                 found, queue_maker(nvme, layout), failed=lambda line: print(f"fio: {line}", file=sys.stderr)
             )
             interrupted = await _run(options, jobs, work)
-    except (ValueError, MemoryError) as error:
-        raise UsageError(str(error) or "the buffers do not fit into guest memory") from None
+    except* (ValueError, MemoryError) as errors:
+        raise UsageError(str(single(errors)) or "the buffers do not fit into guest memory") from None
     return _report(options, work) or (_INTERRUPTED if interrupted else 0)
 
 
@@ -323,7 +322,7 @@ def _report(options: FioOptions, work: Run) -> int:
     else:
         sys.stdout.write(text)
     for item in work.finished:
-        write_logs(item.engine.recorder, item.clone.thread, options.log_folder)
+        write_logs(item.recorder, item.clone.thread, options.log_folder)
     if options.plot is not None:
         from pvfio.cli_fio_plot import draw
 

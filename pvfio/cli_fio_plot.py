@@ -47,7 +47,7 @@ def draw(path: Path, finished: Sequence[Finished], results: Sequence[Result]) ->
 def _over_time(iops: Any, latency: Any, item: Finished) -> None:
     from pvfio.workloads.fio.record import TIMELINE_NS
 
-    timeline = item.engine.recorder.timeline
+    timeline = item.recorder.timeline
     bins = int(np.flatnonzero(timeline[:, 0].any(axis=0)).max(initial=-1)) + 1
     if not bins:
         return

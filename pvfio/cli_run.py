@@ -33,6 +33,7 @@ __all__ = [
     "check_output",
     "machine_config",
     "run_program",
+    "single",
     "terminal_progress",
 ]
 
@@ -56,7 +57,7 @@ def run_program(main: Callable[[], Awaitable[int]]) -> int:
         return _explain(error)
 
 
-def _single(error: BaseException) -> BaseException:
+def single(error: BaseException) -> BaseException:
     """The error in a group of one; of several, an interrupt if there is one, else the first."""
     while isinstance(error, BaseExceptionGroup):
         interrupts, _ = error.split(KeyboardInterrupt)
@@ -65,7 +66,7 @@ def _single(error: BaseException) -> BaseException:
 
 
 def _explain(error: BaseException) -> int:
-    cause = _single(error)
+    cause = single(error)
     if isinstance(cause, KeyboardInterrupt):
         return 130
     if isinstance(cause, UsageError):

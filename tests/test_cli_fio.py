@@ -137,6 +137,8 @@ WRONG = [
     ("[a]\nnumjobs=65\nsize=1m\n", "64 queues"),
     ("[a]\nbs=1m\niodepth=900\nsize=1g\n", "guest memory"),
     ("[a]\nsize=1m\noffset=2g\nfilename=/dev/nvme0n1\n", "outside"),
+    ("[a]\nbs=64k\nsize=4k\n", "do not fit"),
+    ("[a]\nrw=write\nbs=512\nsize=4k\nverify=sha512\nverify_interval=64\n", "no room for the 104 of sha512"),
 ]
 
 
@@ -146,6 +148,14 @@ def test_what_cannot_be_is_said_in_a_line(text: str, part: str, tmp_path: Path, 
     assert status == 2
     assert part in err
     assert "Traceback" not in err
+
+
+def test_a_wave_has_the_memory_of_the_one_before_it(tmp_path: Path, capfd: Any) -> None:
+    """Together the buffers are larger than guest memory."""
+    jobs = "".join(f"[{number}]\nstonewall\n" for number in range(8))
+    text = f"[global]\nrw=read\nbs=128k\nsize=16m\niodepth=100\n{jobs}"
+    found = document(capfd, job_file(tmp_path, text), "--ram", "64M")
+    assert [job["read"]["total_ios"] for job in found["jobs"]] == [128] * 8
 
 
 def test_options_of_the_command(tmp_path: Path, capfd: Any) -> None:

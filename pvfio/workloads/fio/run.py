@@ -15,6 +15,7 @@ from pvfio.workloads.fio.job import Job
 from pvfio.workloads.fio.layout import Clone
 from pvfio.workloads.fio.outcome import Place
 from pvfio.workloads.fio.queue import IoQueue
+from pvfio.workloads.fio.record import Recorder
 from pvfio.workloads.fio.stats import DirectionStats, JobStats
 from pvfio.workloads.fio.steady import Steady
 from pvfio.workloads.fio.values import SECOND
@@ -28,11 +29,11 @@ QueueMaker = Callable[[Clone, int], AbstractAsyncContextManager[tuple[IoQueue, P
 
 @dataclass(frozen=True)
 class Finished:
-    """A clone that ended, its statistics and its engine."""
+    """A clone that ended, and what is known of it: nothing that keeps its buffer, which is free for the next wave."""
 
     clone: Clone
     stats: JobStats
-    engine: Engine
+    recorder: Recorder
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Run:
             finally:
                 engine.finish()
                 self.engines.remove(engine)
-                self.finished.append(Finished(clone, stats, engine))
+                self.finished.append(Finished(clone, stats, engine.recorder))
         if clone.job.exitall:
             self.stop(clone.group)
 
