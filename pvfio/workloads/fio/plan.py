@@ -270,7 +270,7 @@ class Plan:
         else:
             return fresh
         if self.job.rw_sequencer == "identical" and every > 1:
-            lengths = np.where(jump, lengths, 0)  # the same offset until the next jump
+            lengths = np.zeros_like(lengths)  # the same offset until the next jump
         offsets = _chain(fresh, jump, lengths, self._sequential[direction])
         room = np.uint64(self.size - self.job.most_block(direction))
         offsets = np.where(offsets > room, offsets % np.uint64(self.job.least_block(direction)), offsets)

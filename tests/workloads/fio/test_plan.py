@@ -67,6 +67,13 @@ def test_random_jumps_every_so_often() -> None:
     assert (np.diff(runs, axis=1) == 4096).mean() > 0.98  # but where a run meets the end
 
 
+def test_identical_offsets_until_the_next_jump() -> None:
+    ios = everything(Plan(job("rw=randread:4", "rw_sequencer=identical", "bs=4k"), 8 << 20, 1))
+    runs = ios.offset.reshape(-1, 4)
+    assert (runs == runs[:, :1]).all()
+    assert len(np.unique(runs[:, 0])) > len(runs) // 2
+
+
 def test_mixes_and_splits_are_as_asked() -> None:
     ios = everything(
         Plan(job("rw=randrw", "rwmixread=70", "bssplit=4k/75:8k/25", "norandommap"), 256 << 20, 1)
