@@ -105,7 +105,7 @@ def _stride(job: Job) -> int:
 def _lba_shift(jobs: Sequence[Job]) -> int:
     """4096-byte blocks where all I/O is of such; else 512."""
     for job in jobs:
-        sizes = [job.blockalign[d] for d in job.directions] + [job.offset, job.offset_increment]
+        sizes = [job.blockalign[d] for d in job.directions] + [job.offset, job.offset_increment, job.hole]
         sizes += [size for d in job.directions for size, _ in job.bssplit[d]]
         sizes += [job.bs[d][0] for d in job.directions]
         if any(size % _PAGE for size in sizes):
@@ -156,6 +156,10 @@ def queue_maker(nvme: NvmeDriver, layout: Layout) -> Any:
         if job.ioengine == "null":
             yield NullQueue(job.iodepth, stride, namespace.block_size), place
             return
+        if place.base % namespace.block_size:
+            raise UsageError(
+                f"job {job.name}: {place.base} bytes are not whole blocks of {namespace.block_size}"
+            )
         limit = nvme.max_transfer
         if stride > limit:
             raise UsageError(

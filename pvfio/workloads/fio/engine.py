@@ -63,8 +63,7 @@ class Engine:
         self._outcome = Outcome(job, place, stats, queue.block_size, failed)
         self._seed = seed
         self._writes_verified = bool(job.verify) and job.mode.writes and not job.mode.trims
-        repeated = job.time_based and not self._writes_verified
-        self.plan = Plan(job, place.size, seed, unit=queue.block_size, endless=repeated)
+        self.plan = self._plan(seed)
         depth = job.iodepth
         self._start = np.zeros(depth, dtype=np.int64)
         self._submitted = np.zeros(depth, dtype=np.int64)
@@ -115,6 +114,12 @@ class Engine:
     def _unit(self) -> int:
         return min(self.job.least_block(direction) for direction in self.job.directions)
 
+    def _plan(self, seed: int) -> Plan:
+        """All of the job's passes; one that writes and verifies makes each of them by itself."""
+        job = self.job
+        passes = 1 if self._writes_verified else None if job.time_based else job.loops
+        return Plan(job, self.place.size, seed, unit=self.queue.block_size, passes=passes)
+
     # The whole job
 
     async def run(self) -> None:
@@ -159,7 +164,7 @@ class Engine:
             over = self._deadline and time.perf_counter_ns() >= self._deadline
             if over or (not job.time_based and loops >= job.loops):
                 return
-            self.plan = Plan(job, self.place.size, self._seed + loops, unit=self.queue.block_size)
+            self.plan = self._plan(self._seed + loops)
 
     def _pretend(self) -> None:
         """Remembers what the job would write, which an earlier run has."""

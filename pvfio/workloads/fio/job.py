@@ -172,6 +172,11 @@ class Job:
         return tuple(direction for direction in (READ, WRITE, TRIM) if wanted[direction])
 
     @property
+    def hole(self) -> int:
+        """Bytes left out after each block of sequential I/O."""
+        return 0 if self.mode.random else self.mode.modifier
+
+    @property
     def verifying_reads(self) -> bool:
         """Whether what is read is verified as it comes: of a job that only reads."""
         return bool(self.verify) and self.mode.reads and not self.mode.writes

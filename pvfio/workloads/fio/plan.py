@@ -73,19 +73,18 @@ class Known:
 class Plan:
     """The I/O of one job on ``size`` bytes of which it may use all.
 
-    ``take(n)`` gives the next ones, at most n, none when the passes are over; ``endless`` begins again instead.
-    Raises ``ValueError`` for a job that has no block in so few bytes.
+    ``take(n)`` gives the next ones, at most n, none when the passes are over; ``passes`` None: they never are. All begin
+    and end at multiples of ``unit`` bytes. Raises ``ValueError`` for a job that has no block in so few bytes, or none of
+    whole units.
     """
 
-    def __init__(self, job: Job, size: int, seed: int, *, unit: int = 1, endless: bool = False) -> None:
+    def __init__(self, job: Job, size: int, seed: int, *, unit: int = 1, passes: int | None = 1) -> None:
         self.job = job
         self._rng = np.random.default_rng(seed)
-        self._endless = endless
-        self._passes = job.loops
-        self._unit = unit
+        self._passes = passes
         smallest = min(job.least_block(direction) for direction in job.directions)
         for direction in job.directions:
-            for length in (job.least_block(direction), job.blockalign[direction]):
+            for length in (job.least_block(direction), job.blockalign[direction], job.hole):
                 if length % unit:
                     raise ValueError(f"{length} bytes are not whole blocks of {unit}")
         self.size = size // smallest * smallest
@@ -139,16 +138,14 @@ class Plan:
         if self._ios_left is not None:
             chunk = chunk.part(0, self._ios_left)
             self._ios_left -= len(chunk)
-            if not self._ios_left:
-                self._left, self._passes, self._endless = 0, 1, False
         if len(chunk):
             self._left -= int(done[len(chunk) - 1])
         if self._ios_left == 0:
-            self._left = 0
+            self._left, self._passes = 0, 1
         self._chunk, self._position = chunk, 0
 
     def _next_pass(self) -> bool:
-        if not self._endless:
+        if self._passes is not None:
             self._passes -= 1
             if self._passes <= 0:
                 return False
@@ -278,7 +275,7 @@ class Plan:
         return offsets
 
     def _stream(self, count: int) -> Ios:
-        """One after the other, each direction by itself, with a hole after each where ``rw=`` has a modifier."""
+        """One after the other, each direction by itself, with a hole after each where ``rw=`` asks for one."""
         directions = self._directions(count)
         lengths = self._lengths(directions)
         offsets = np.empty(count, dtype=np.uint64)
@@ -292,7 +289,7 @@ class Plan:
         self, direction: int, lengths: NDArray[np.uint64]
     ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Offsets in a row, from the beginning again after the end; what would go over the end is shortened."""
-        steps = lengths.astype(np.int64) + self.job.mode.modifier
+        steps = lengths.astype(np.int64) + self.job.hole
         position = self._sequential[direction]
         offsets = np.empty(len(steps), dtype=np.int64)
         done = 0

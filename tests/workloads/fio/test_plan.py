@@ -89,10 +89,13 @@ def test_percentage_random() -> None:
     assert (steps == 4096).mean() == pytest.approx(0.75, abs=0.02)
 
 
-def test_loops_number_ios_and_endless() -> None:
-    assert len(everything(Plan(job("rw=read", "loops=3"), 16 << 10, 1))) == 12
-    assert len(everything(Plan(job("rw=randread", "number_ios=9"), 1 << 20, 1))) == 9
-    plan = Plan(job("rw=randread"), 16 << 10, 1, endless=True)
+def test_passes_and_number_ios() -> None:
+    assert len(everything(Plan(job("rw=read"), 16 << 10, 1, passes=3))) == 12
+    for passes in (1, 3, None):
+        assert len(everything(Plan(job("rw=randread", "number_ios=9"), 16 << 10, 1, passes=passes))) == min(
+            9, 4 * (passes or 9)
+        )
+    plan = Plan(job("rw=randread"), 16 << 10, 1, passes=None)
     assert sum(len(plan.take(3)) for _ in range(100)) > 100
 
 
@@ -121,6 +124,9 @@ def test_blocks_that_do_not_fit() -> None:
         Plan(job("rw=read", "bs=64k"), 4096, 1)
     with pytest.raises(ValueError, match="whole blocks"):
         Plan(job("rw=read", "bs=512"), 1 << 20, 1, unit=4096)
+    with pytest.raises(ValueError, match="100 bytes are not whole blocks"):
+        Plan(job("rw=read:100", "bs=4k"), 1 << 20, 1, unit=512)
+    Plan(job("rw=randread:100", "bs=4k"), 1 << 20, 1, unit=512)  # a number of I/Os
 
 
 def test_zipf_has_the_shares_of_its_law() -> None:

@@ -92,6 +92,15 @@ JOBS = [
 ]
 
 
+@pytest.mark.parametrize("loops", [1, 3])
+async def test_each_pass_is_written_once_and_verified(loops: int) -> None:
+    """What the real fio does: so many passes, and all of each is read back."""
+    async with rig() as it:
+        (item,) = await it.run(f"[v]\nrw=randwrite\nbs=4k\nsize=64k\nverify=crc32c\nloops={loops}\n")
+        read, write, _ = item.stats.directions
+        assert (write.ios, read.ios, item.stats.verified) == (16 * loops,) * 3
+
+
 @pytest.mark.parametrize("engine", ["inline", "thread"])
 @pytest.mark.parametrize("lines", JOBS)
 async def test_what_is_written_in_any_way_is_read_back(lines: str, engine: str) -> None:
