@@ -8,14 +8,15 @@ WQ needs no PASID enable, and a WQ that asks for one is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import trio
 
 from pvfio.abi import ffi, lib
+from pvfio.devices.data_path import paused
 from pvfio.devices.dsa.config import DsaConfig
 from pvfio.devices.dsa.registers import Registers
 from pvfio.silicon import BusMaster
@@ -165,19 +166,9 @@ class Commands:
         self._function.cancel_dma(False)
         lib.pv_engine_kick(lib.pv_dsa_engine(self._dsa))
 
-    @asynccontextmanager
-    async def _paused(self) -> AsyncIterator[None]:
-        """Between two steps of the engine. Where a step may wait for somebody, a worker thread waits for its end."""
-        engine = lib.pv_dsa_engine(self._dsa)
-        if self._function.bus.remote:
-            await trio.to_thread.run_sync(lib.pv_engine_pause, engine)
-        else:
-            lib.pv_engine_pause(engine)
-        try:
-            await trio.lowlevel.checkpoint_if_cancelled()  # a reset came meanwhile
-            yield
-        finally:
-            lib.pv_engine_unpause(engine)
+    def _paused(self) -> AbstractAsyncContextManager[None]:
+        """Between two steps of the engine. A reset that comes meanwhile cancels."""
+        return paused(lib.pv_dsa_engine(self._dsa), self._function.bus)
 
     async def _drain(self, wqs: Iterable[int]) -> None:
         """Waits until everything submitted so far to these WQs is done."""

@@ -7,12 +7,12 @@ that: no PASID capability. It halts only when told to (faults.py).
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any, Final
 
 import trio
 
 from pvfio.abi import ffi, lib
+from pvfio.devices.data_path import DataPath
 from pvfio.devices.dsa.commands import Commands
 from pvfio.devices.dsa.config import DsaConfig
 from pvfio.devices.dsa.faults import FaultHooks
@@ -29,6 +29,18 @@ _PORTALS: Final = lib.IDXD_WQ_BAR
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def _raw(config: DsaConfig) -> Any:
+    values = {
+        "wqs": config.wqs,
+        "groups": config.groups,
+        "engines": config.engines,
+        "handles": 2 * config.vectors,
+        "gencap": config.gencap,
+        "opcap": list(config.opcap),
+    }
+    return ffi.new("struct pv_dsa_config *", values)
 
 
 class DsaDevice(FaultHooks, PciFunction):
@@ -69,9 +81,10 @@ class DsaDevice(FaultHooks, PciFunction):
             ats=ats,
         )
         assert self.msix is not None
-        path = _DataPath(config, bus.ptr, self.msix.ptr, KINDS[engine])
+        made = lib.pv_dsa_create(_raw(config), bus.ptr, self.msix.ptr, KINDS[engine])
+        path = DataPath(made, lib.pv_dsa_engine, lib.pv_dsa_destroy, name="a DSA")
         self._dsa = path.ptr
-        self._portals = path.portals()
+        self._portals = path.keeps(lib.pv_dsa_portals(self._dsa))
         self.engine = Engine(lib.pv_dsa_engine(self._dsa), path, engine)
         self._value = ffi.new("uint64_t *")
         self._registers = Registers(config, self._dsa, self._command, self._permissions, self._occupancy)
@@ -165,36 +178,3 @@ class DsaDevice(FaultHooks, PciFunction):
             super().close()
             lib.pv_dsa_decode(self._dsa, 0)
             self.engine.pause()
-
-
-class _DataPath:
-    """The C side. It lives as long as anybody holds ``ptr``; the engine's handle and the portals hold this."""
-
-    def __init__(self, config: DsaConfig, bus: Any, msix: Any, kind: int) -> None:
-        values = {
-            "wqs": config.wqs,
-            "groups": config.groups,
-            "engines": config.engines,
-            "handles": 2 * config.vectors,
-            "gencap": config.gencap,
-            "opcap": list(config.opcap),
-        }
-        self.ptr = lib.pv_dsa_create(ffi.new("struct pv_dsa_config *", values), bus, msix, kind)
-        if self.ptr == ffi.NULL:
-            raise MemoryError("no room for a DSA")
-        # Where a reference cycle dies, and at exit, the engine stops first of all: memory it writes may go next. Its
-        # own memory goes with the last who holds the pointer: `finally` blocks of coroutines still look into it.
-        weakref.finalize(self, _stop, self.ptr)
-        same = ffi.cast("struct pv_dsa *", self.ptr)
-        weakref.finalize(self.ptr, lib.pv_dsa_destroy, same).atexit = False
-
-    def portals(self) -> Any:
-        """``struct pv_mmio *`` that keeps this alive."""
-        return ffi.gc(lib.pv_dsa_portals(self.ptr), self._let_go)
-
-    def _let_go(self, portals: Any) -> None:
-        pass
-
-
-def _stop(dsa: Any) -> None:
-    lib.pv_engine_pause(lib.pv_dsa_engine(dsa))

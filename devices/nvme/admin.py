@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Final
 
 import trio
 
 from pvfio.abi import ffi, lib
+from pvfio.devices.data_path import paused
 from pvfio.silicon import BusMaster
 
 __all__ = ["LATER", "Admin", "AdminError", "Command", "Handler"]
@@ -176,21 +177,9 @@ class Admin:
         finally:
             self._apart = False
 
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Between two steps of the engine, for what a task asks of the data path beside commands.
-
-        Where a step may wait for somebody, a worker thread waits for its end. Cancelled while it waits: it waits on.
-        """
-        engine = lib.pv_nvme_engine(self._nvme)
-        if self._bus.remote:
-            await trio.to_thread.run_sync(lib.pv_engine_pause, engine)
-        else:
-            lib.pv_engine_pause(engine)
-        try:
-            yield
-        finally:
-            lib.pv_engine_unpause(engine)
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Between two steps of the engine, for what a task asks of the data path beside commands."""
+        return paused(lib.pv_nvme_engine(self._nvme), self._bus)
 
     def _take(self) -> list[Command]:
         count = lib.pv_nvme_take_admin(self._nvme, self._batch, len(self._batch))

@@ -10,13 +10,13 @@ import dataclasses
 import errno
 import math
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any, Final
 
 import trio
 
 from pvfio.abi import ffi, lib
+from pvfio.devices.data_path import DataPath
 from pvfio.devices.nvme.admin import Admin
 from pvfio.devices.nvme.admin_namespaces import NamespaceCommands
 from pvfio.devices.nvme.admin_queues import QueueCommands
@@ -82,9 +82,10 @@ class NvmeDevice(FaultHooks, PciFunction):
             ats=ats,
         )
         assert self.msix is not None
-        path = _DataPath(config, bus.ptr, self.msix.ptr, KINDS[engine])
+        made = lib.pv_nvme_create(_raw(config), bus.ptr, self.msix.ptr, KINDS[engine])
+        path = DataPath(made, lib.pv_nvme_engine, lib.pv_nvme_destroy, name="an NVMe controller")
         self._nvme = path.ptr
-        self._mmio = path.mmio()
+        self._mmio = path.keeps(lib.pv_nvme_mmio(self._nvme))
         self.engine = Engine(lib.pv_nvme_engine(self._nvme), path, engine)
         self.seed_injections(seed)
         self._gone = False
@@ -388,31 +389,11 @@ class NvmeDevice(FaultHooks, PciFunction):
             self.namespaces.close()
 
 
-class _DataPath:
-    """The C side. It lives as long as anybody holds ``ptr``; the engine's handle and the doorbells hold this."""
-
-    def __init__(self, config: NvmeConfig, bus: Any, msix: Any, kind: int) -> None:
-        values = {
-            "dstrd": config.dstrd,
-            "mdts_shift": config.mdts_shift,
-            "namespaces": config.max_namespaces,
-            "poll_doorbells": config.poll_doorbells,
-        }
-        self.ptr = lib.pv_nvme_create(ffi.new("struct pv_nvme_config *", values), bus, msix, kind)
-        if self.ptr == ffi.NULL:
-            raise MemoryError("no room for an NVMe controller")
-        # As the DSA's: the engine stops first of all, its memory goes with the last who holds the pointer.
-        weakref.finalize(self, _stop, self.ptr)
-        same = ffi.cast("struct pv_nvme *", self.ptr)
-        weakref.finalize(self.ptr, lib.pv_nvme_destroy, same).atexit = False
-
-    def mmio(self) -> Any:
-        """``struct pv_mmio *`` that keeps this alive."""
-        return ffi.gc(lib.pv_nvme_mmio(self.ptr), self._let_go)
-
-    def _let_go(self, mmio: Any) -> None:
-        pass
-
-
-def _stop(nvme: Any) -> None:
-    lib.pv_engine_pause(lib.pv_nvme_engine(nvme))
+def _raw(config: NvmeConfig) -> Any:
+    values = {
+        "dstrd": config.dstrd,
+        "mdts_shift": config.mdts_shift,
+        "namespaces": config.max_namespaces,
+        "poll_doorbells": config.poll_doorbells,
+    }
+    return ffi.new("struct pv_nvme_config *", values)
