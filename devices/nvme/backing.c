@@ -144,7 +144,7 @@ int nvme_file_write(int fd, uint64_t offset, const void *data, uint64_t n)
     return 0;
 }
 
-int nvme_backing_read(struct pv_nvme_backing *b, uint64_t offset, void *data, uint64_t n)
+int pv_nvme_backing_read(struct pv_nvme_backing *b, uint64_t offset, void *data, uint64_t n)
 {
     if (!inside(b, offset, n))
         return -EINVAL;
@@ -155,7 +155,7 @@ int nvme_backing_read(struct pv_nvme_backing *b, uint64_t offset, void *data, ui
     return b->cache ? nvme_cache_read(b->cache, offset, data, n) : nvme_file_read(b->fd, offset, data, n);
 }
 
-int nvme_backing_write(struct pv_nvme_backing *b, uint64_t offset, const void *data, uint64_t n)
+int pv_nvme_backing_write(struct pv_nvme_backing *b, uint64_t offset, const void *data, uint64_t n)
 {
     if (!inside(b, offset, n))
         return -EINVAL;
@@ -166,16 +166,6 @@ int nvme_backing_write(struct pv_nvme_backing *b, uint64_t offset, const void *d
         return 0;
     }
     return b->cache ? nvme_cache_write(b->cache, offset, data, n) : nvme_file_write(b->fd, offset, data, n);
-}
-
-int pv_nvme_backing_read(struct pv_nvme_backing *b, uint64_t offset, void *data, uint64_t n)
-{
-    return nvme_backing_read(b, offset, data, n);
-}
-
-int pv_nvme_backing_write(struct pv_nvme_backing *b, uint64_t offset, const void *data, uint64_t n)
-{
-    return nvme_backing_write(b, offset, data, n);
 }
 
 int pv_nvme_backing_sync(struct pv_nvme_backing *b)
@@ -193,7 +183,7 @@ static int write_zeroes(struct pv_nvme_backing *b, uint64_t offset, uint64_t n)
     static const uint8_t zeroes[65536];
     while (n) {
         uint64_t len = n < sizeof(zeroes) ? n : sizeof(zeroes);
-        int error = nvme_backing_write(b, offset, zeroes, len);
+        int error = pv_nvme_backing_write(b, offset, zeroes, len);
         if (error)
             return error;
         offset += len;

@@ -11,8 +11,7 @@
 
 static uint32_t free_entries(const struct nvme_cq *cq)
 {
-    uint32_t used = cq->tail >= cq->head ? cq->tail - cq->head : cq->tail + cq->size - cq->head;
-    return cq->size - 1 - used;
+    return cq->size - 1 - nvme_ahead(cq->head, cq->tail, cq->size);
 }
 
 uint32_t nvme_cq_room(const struct nvme_cq *cq)
@@ -189,7 +188,7 @@ void nvme_note_error(struct pv_nvme *nvme, const struct nvme_request *request, u
         .cmdid = cmd->cid,
         .status_field = (uint16_t)(status << NVME_CQE_STATUS_SHIFT),
         .parm_error_location = (uint16_t)request->location,
-        .lba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10,
+        .lba = nvme_slba(cmd),
         .nsid = cmd->nsid,
     };
     pv_nvme_log_error(nvme, &entry);

@@ -9,7 +9,6 @@
 
 #include "nvme_private.h"
 
-#define DNR(status) ((status) | NVME_STATUS_DNR)
 #define SGL_PER_READ 32
 /* Bits 1:0 of every opcode (Base 3.3.3.1, Data Transfer). */
 #define DIRECTION_MASK 3

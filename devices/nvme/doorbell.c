@@ -123,12 +123,6 @@ static void kick(void *device)
 
 const struct pv_mmio_ops nvme_mmio_ops = {.load = load, .store = store, .kick = kick};
 
-/* How far it is from one entry of a ring to another. */
-static uint32_t ahead(uint32_t from, uint32_t to, uint32_t size)
-{
-    return to >= from ? to - from : to + size - from;
-}
-
 static bool is_live(const struct pv_nvme *nvme, uint32_t index)
 {
     return index & 1 ? nvme->cq[index / 2].live : nvme->sq[index / 2].live;
@@ -157,7 +151,7 @@ static void hear_sq(struct pv_nvme *nvme, uint32_t id, uint32_t tail)
     struct nvme_sq *sq = &nvme->sq[id];
     if (!sq->live) {
         complain(nvme, PV_NVME_EVENT_DOORBELL);
-    } else if (tail >= sq->size || ahead(sq->head, tail, sq->size) < ahead(sq->head, sq->tail, sq->size)) {
+    } else if (tail >= sq->size || nvme_ahead(sq->head, tail, sq->size) < nvme_ahead(sq->head, sq->tail, sq->size)) {
         complain(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
     } else {
         sq->tail = tail;
@@ -173,7 +167,7 @@ static void hear_cq(struct pv_nvme *nvme, uint32_t id, uint32_t head)
         complain(nvme, PV_NVME_EVENT_DOORBELL);
         return;
     }
-    if (head >= cq->size || ahead(cq->head, head, cq->size) > ahead(cq->head, cq->tail, cq->size)) {
+    if (head >= cq->size || nvme_ahead(cq->head, head, cq->size) > nvme_ahead(cq->head, cq->tail, cq->size)) {
         complain(nvme, PV_NVME_EVENT_DOORBELL_VALUE);
         return;
     }

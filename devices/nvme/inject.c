@@ -105,13 +105,13 @@ void nvme_corrupt(struct pv_nvme *nvme, const struct nvme_request *request)
     const struct nvme_command *cmd = request->cmd;
     const struct nvme_namespace *ns = &nvme->ns[cmd->nsid - 1];
     uint64_t n = ((cmd->cdw12 & NVME_RW_NLB_MASK) + 1ull) << ns->format.lba_shift;
-    uint64_t at = chance(nvme) % n, start = ((uint64_t)cmd->cdw11 << 32 | cmd->cdw10) << ns->format.lba_shift;
+    uint64_t at = chance(nvme) % n, start = nvme_slba(cmd) << ns->format.lba_shift;
     uint8_t byte, bit = (uint8_t)(1u << chance(nvme) % 8);
     if (cmd->opcode == NVME_CMD_READ) {
         corrupt_host(nvme, at, bit);
-    } else if (cmd->opcode == NVME_CMD_WRITE && !nvme_backing_read(ns->backing, start + at, &byte, 1)) {
+    } else if (cmd->opcode == NVME_CMD_WRITE && !pv_nvme_backing_read(ns->backing, start + at, &byte, 1)) {
         byte ^= bit;
-        nvme_backing_write(ns->backing, start + at, &byte, 1);
+        pv_nvme_backing_write(ns->backing, start + at, &byte, 1);
     }
 }
 

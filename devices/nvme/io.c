@@ -110,7 +110,7 @@ static uint32_t read_blocks(struct nvme_io *io)
         return nvme_to_host(nvme, &nvme->data, backing->base + offset, left);
     while (left && !status) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
-        if (nvme_backing_read(backing, offset, nvme->bounce, len))
+        if (pv_nvme_backing_read(backing, offset, nvme->bounce, len))
             return nvme_read_error(io);
         status = nvme_to_host(nvme, &nvme->data, nvme->bounce, len);
         offset += len;
@@ -133,7 +133,7 @@ static uint32_t write_blocks(struct nvme_io *io)
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
         status = nvme_from_host(nvme, &nvme->data, nvme->bounce, len);
         if (!status)
-            status = nvme_backing_write(backing, offset, nvme->bounce, len) ? NVME_SC_WRITE_FAULT : 0;
+            status = pv_nvme_backing_write(backing, offset, nvme->bounce, len) ? NVME_SC_WRITE_FAULT : 0;
         offset += len;
         left -= len;
     }
@@ -179,7 +179,7 @@ static uint32_t compare_blocks(struct nvme_io *io)
     while (left && !status) {
         uint64_t len = left < half ? left : half;
         status = nvme_from_host(nvme, &nvme->data, nvme->bounce, len);
-        if (!status && nvme_backing_read(io->ns->backing, offset, nvme->bounce + half, len))
+        if (!status && pv_nvme_backing_read(io->ns->backing, offset, nvme->bounce + half, len))
             status = nvme_read_error(io);
         if (!status && memcmp(nvme->bounce, nvme->bounce + half, len))
             status = DNR(NVME_SC_COMPARE_FAILED);
@@ -218,7 +218,7 @@ static uint32_t do_verify(struct nvme_io *io)
     uint64_t offset = nvme_bytes(io->ns, io->lba), left = nvme_bytes(io->ns, io->blocks);
     while (left && !io->ns->backing->base) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
-        if (nvme_backing_read(io->ns->backing, offset, nvme->bounce, len))
+        if (pv_nvme_backing_read(io->ns->backing, offset, nvme->bounce, len))
             return nvme_read_error(io);
         offset += len;
         left -= len;
@@ -226,39 +226,22 @@ static uint32_t do_verify(struct nvme_io *io)
     return 0;
 }
 
-static uint32_t dispatch(struct nvme_io *io)
+static uint32_t do_flush(struct nvme_io *io)
 {
-    switch (io->cmd->opcode) {
-    case NVME_CMD_READ:
-        return do_read(io);
-    case NVME_CMD_WRITE:
-        return do_write(io);
-    case NVME_CMD_FLUSH:
-        return nvme_sync_later(io->nvme, io->request, io->ns->backing);
-    case NVME_CMD_COMPARE:
-        return do_compare(io);
-    case NVME_CMD_VERIFY:
-        return do_verify(io);
-    case NVME_CMD_WRITE_ZEROES:
-        return nvme_write_zeroes(io);
-    case NVME_CMD_WRITE_UNCOR:
-        return nvme_write_uncorrectable(io);
-    case NVME_CMD_DSM:
-        return nvme_dsm(io);
-    case NVME_CMD_COPY:
-        return nvme_copy(io);
-    default:
-        return nvme_field(io, 0, NVME_SC_INVALID_OPCODE);
-    }
+    return nvme_sync_later(io->nvme, io->request, io->ns->backing);
 }
 
-static bool known(uint8_t opcode)
-{
-    const uint32_t opcodes = 1u << NVME_CMD_FLUSH | 1u << NVME_CMD_WRITE | 1u << NVME_CMD_READ |
-                             1u << NVME_CMD_WRITE_UNCOR | 1u << NVME_CMD_COMPARE | 1u << NVME_CMD_WRITE_ZEROES |
-                             1u << NVME_CMD_DSM | 1u << NVME_CMD_VERIFY | 1u << NVME_CMD_COPY;
-    return opcode < 32 && opcodes >> opcode & 1;
-}
+static uint32_t (*const commands[])(struct nvme_io *) = {
+    [NVME_CMD_FLUSH] = do_flush,
+    [NVME_CMD_WRITE] = do_write,
+    [NVME_CMD_READ] = do_read,
+    [NVME_CMD_WRITE_UNCOR] = nvme_write_uncorrectable,
+    [NVME_CMD_COMPARE] = do_compare,
+    [NVME_CMD_WRITE_ZEROES] = nvme_write_zeroes,
+    [NVME_CMD_DSM] = nvme_dsm,
+    [NVME_CMD_VERIFY] = do_verify,
+    [NVME_CMD_COPY] = nvme_copy,
+};
 
 /* A number that no namespace can have, and one that none has now; the broadcast value is of the latter (Base 3.2.1). */
 static uint32_t check_namespace(struct nvme_io *io)
@@ -278,8 +261,7 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
 {
     const struct nvme_command *cmd = request->cmd;
     struct nvme_io io = {.nvme = nvme, .request = request, .cmd = cmd};
-    request->location = NVME_ERROR_LOCATION_NONE;
-    if (!known(cmd->opcode))
+    if (cmd->opcode >= sizeof(commands) / sizeof(*commands) || !commands[cmd->opcode])
         return nvme_field(&io, 0, NVME_SC_INVALID_OPCODE);
     uint32_t status = check_namespace(&io);
     if (status)
@@ -287,9 +269,9 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
     if (nvme->refuse)
         return nvme->refuse;
     io.ns = &nvme->ns[cmd->nsid - 1];
-    io.lba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
+    io.lba = nvme_slba(cmd);
     io.blocks = (cmd->cdw12 & NVME_RW_NLB_MASK) + 1ull;
-    status = dispatch(&io);
+    status = commands[cmd->opcode](&io);
     if (request->corrupt && (!status || status == NVME_LATER))
         nvme_corrupt(nvme, request);
     return status;
@@ -298,7 +280,7 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
 void nvme_io_prefetch(const struct pv_nvme *nvme, const struct nvme_command *cmd)
 {
     uint32_t index = cmd->nsid - 1;
-    uint64_t lba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
+    uint64_t lba = nvme_slba(cmd);
     bool read = cmd->opcode == NVME_CMD_READ;
     if ((!read && cmd->opcode != NVME_CMD_WRITE) || index >= PV_NVME_NAMESPACES || !nvme->ns[index].backing)
         return;

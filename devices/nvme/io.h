@@ -7,8 +7,6 @@
 #include "nvme_private.h"
 #include "protection.h"
 
-#define DNR(status) ((status) | NVME_STATUS_DNR)
-
 struct nvme_io {
     struct pv_nvme *nvme;
     struct nvme_request *request;

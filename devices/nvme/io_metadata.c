@@ -62,7 +62,7 @@ static uint32_t load(struct nvme_io *io, uint64_t i, uint8_t **metadata)
 {
     struct nvme_namespace *ns = io->ns;
     *metadata = ns->metadata + (io->lba + i) * ns->format.metadata;
-    if (nvme_backing_read(ns->backing, nvme_bytes(ns, io->lba + i), io->nvme->bounce, nvme_bytes(ns, 1)))
+    if (pv_nvme_backing_read(ns->backing, nvme_bytes(ns, io->lba + i), io->nvme->bounce, nvme_bytes(ns, 1)))
         return nvme_read_error(io);
     return io->pi.check ? nvme_pi_check(&ns->format, &io->pi, io->nvme->bounce, *metadata, i) : 0;
 }
@@ -98,7 +98,7 @@ uint32_t nvme_write_metadata(struct nvme_io *io)
             status = nvme_pi_check(&ns->format, &io->pi, io->nvme->bounce, metadata, i);
         if (status)
             break;
-        if (nvme_backing_write(ns->backing, nvme_bytes(ns, io->lba + i), io->nvme->bounce, nvme_bytes(ns, 1)))
+        if (pv_nvme_backing_write(ns->backing, nvme_bytes(ns, io->lba + i), io->nvme->bounce, nvme_bytes(ns, 1)))
             return NVME_SC_WRITE_FAULT;
         memcpy(ns->metadata + (io->lba + i) * ns->format.metadata, metadata, ns->format.metadata);
     }

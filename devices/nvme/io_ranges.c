@@ -92,7 +92,7 @@ static uint32_t copy_protected(struct nvme_io *io, const struct nvme_copy_range 
                              range->elbatm};
     struct nvme_pi target = io->pi;
     target.ref = (uint32_t)to;
-    if (nvme_backing_read(ns->backing, nvme_bytes(ns, from), block, nvme_bytes(ns, 1)))
+    if (pv_nvme_backing_read(ns->backing, nvme_bytes(ns, from), block, nvme_bytes(ns, 1)))
         return nvme_read_error(io);
     memcpy(metadata, ns->metadata + from * ns->format.metadata, ns->format.metadata);
     uint32_t status = nvme_pi_check(&ns->format, &source, block, metadata, 0);
@@ -102,7 +102,7 @@ static uint32_t copy_protected(struct nvme_io *io, const struct nvme_copy_range 
         status = nvme_pi_check(&ns->format, &target, block, metadata, 0);
     if (status)
         return status;
-    if (nvme_backing_write(ns->backing, nvme_bytes(ns, to), block, nvme_bytes(ns, 1)))
+    if (pv_nvme_backing_write(ns->backing, nvme_bytes(ns, to), block, nvme_bytes(ns, 1)))
         return NVME_SC_WRITE_FAULT;
     memcpy(ns->metadata + to * ns->format.metadata, metadata, ns->format.metadata);
     return 0;
@@ -121,9 +121,9 @@ static uint32_t copy_blocks(struct nvme_io *io, const struct nvme_copy_range *ra
     uint64_t source = nvme_bytes(ns, from), target = nvme_bytes(ns, to), left = nvme_bytes(ns, blocks);
     while (left) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
-        if (nvme_backing_read(ns->backing, source, io->nvme->bounce, len))
+        if (pv_nvme_backing_read(ns->backing, source, io->nvme->bounce, len))
             return nvme_read_error(io);
-        if (nvme_backing_write(ns->backing, target, io->nvme->bounce, len))
+        if (pv_nvme_backing_write(ns->backing, target, io->nvme->bounce, len))
             return NVME_SC_WRITE_FAULT;
         source += len;
         target += len;

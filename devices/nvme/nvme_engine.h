@@ -187,7 +187,7 @@ struct pv_nvme_backing *pv_nvme_memory(uint64_t size);
 struct pv_nvme_backing *pv_nvme_file(int fd, uint64_t size, int read_only, int volatile_cache);
 struct pv_nvme_backing *pv_nvme_backing_get(struct pv_nvme_backing *backing);
 void pv_nvme_backing_put(struct pv_nvme_backing *backing);
-/* For the admin side: all 0 or -errno. */
+/* All 0 or -errno. */
 int pv_nvme_backing_sync(struct pv_nvme_backing *backing);
 int pv_nvme_backing_zero(struct pv_nvme_backing *backing, uint64_t offset, uint64_t n, int discard);
 int pv_nvme_backing_read(struct pv_nvme_backing *backing, uint64_t offset, void *data, uint64_t n);

@@ -20,6 +20,7 @@
 #define NVME_ENDED 0x20000u           /* beside a status: a rule ended the command, and it may be success */
 #define NVME_DOORBELL_WORDS ((2 * PV_NVME_QUEUES + 63) / 64)
 #define NVME_MAX_SGL_DESCRIPTORS 4096 /* of a command, whatever they describe */
+#define DNR(status) ((status) | NVME_STATUS_DNR)
 
 struct nvme_sq {
     bool live;
@@ -167,6 +168,24 @@ extern const struct pv_mmio_ops nvme_mmio_ops;
 
 uint64_t nvme_now(void);
 
+static inline uint64_t nvme_slba(const struct nvme_command *cmd)
+{
+    return (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
+}
+
+/* How far it is from one entry of a ring to another. */
+static inline uint32_t nvme_ahead(uint32_t from, uint32_t to, uint32_t size)
+{
+    return to >= from ? to - from : to + size - from;
+}
+
+/* In fatal status, or removed: nothing goes on. */
+static inline bool nvme_is_dead(const struct pv_nvme *nvme)
+{
+    return atomic_load_explicit(&nvme->fatal, memory_order_relaxed) ||
+           atomic_load_explicit(&nvme->gone, memory_order_relaxed);
+}
+
 /* controller.c */
 void nvme_event(struct pv_nvme *nvme, uint32_t event);
 void nvme_fatal(struct pv_nvme *nvme);
@@ -241,7 +260,5 @@ struct pv_nvme_backing {
     bool read_only;
     struct nvme_cache *cache;
 };
-int nvme_backing_read(struct pv_nvme_backing *backing, uint64_t offset, void *data, uint64_t n);
-int nvme_backing_write(struct pv_nvme_backing *backing, uint64_t offset, const void *data, uint64_t n);
 
 #endif

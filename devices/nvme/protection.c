@@ -62,13 +62,12 @@ void nvme_pi_make(const struct pv_nvme_format *format, const struct nvme_pi *pi,
 
 uint32_t nvme_pi_of(const struct pv_nvme_format *format, const struct nvme_command *cmd, struct nvme_pi *pi)
 {
-    uint64_t slba = (uint64_t)cmd->cdw11 << 32 | cmd->cdw10;
     *pi = (struct nvme_pi){0};
     if (!format->pi)
         return 0;
     pi->check = cmd->cdw12 & (NVME_RW_PRCHK_GUARD | NVME_RW_PRCHK_APP | NVME_RW_PRCHK_REF);
     pi->act = cmd->cdw12 & NVME_RW_PRACT;
-    pi->ref = (uint32_t)slba;
+    pi->ref = cmd->cdw10;
     pi->app = (uint16_t)cmd->cdw15;
     pi->app_mask = (uint16_t)(cmd->cdw15 >> 16);
     /* Type 1: reference tags are the low part of the LBA; a command that has them checked says so (NVM 5.2.1.5). */

@@ -36,12 +36,6 @@ static bool has_credit(const struct pv_nvme *nvme, uint32_t id)
     return nvme->credit[nvme->sq[id].priority] != 0;
 }
 
-static bool is_dead(struct pv_nvme *nvme)
-{
-    return atomic_load_explicit(&nvme->fatal, memory_order_relaxed) ||
-           atomic_load_explicit(&nvme->gone, memory_order_relaxed);
-}
-
 /* Weighted round robin: the admin queue, the urgent ones, then the rest by credit (Base 3.4.4.2). */
 static int pick_weighted(struct pv_nvme *nvme, uint32_t *most)
 {
@@ -80,11 +74,6 @@ static void charge(struct pv_nvme *nvme, const struct nvme_sq *sq, uint32_t coun
     *credit -= count < *credit ? count : *credit;
 }
 
-static uint32_t waiting_in(const struct nvme_sq *sq)
-{
-    return sq->tail >= sq->head ? sq->tail - sq->head : sq->tail + sq->size - sq->head;
-}
-
 /* 0, or -errno and the controller is in fatal status: its queue cannot be read (Base 3.1.3.6, CFS). */
 static int fetch(struct pv_nvme *nvme, const struct nvme_sq *sq, struct nvme_command *cmd, uint32_t count)
 {
@@ -99,18 +88,23 @@ static int fetch(struct pv_nvme *nvme, const struct nvme_sq *sq, struct nvme_com
     return error;
 }
 
+static struct nvme_completion completion(const struct pv_nvme *nvme, uint32_t id, uint16_t cid, uint32_t status,
+                                         uint64_t result)
+{
+    return (struct nvme_completion){.result = (uint32_t)result,
+                                    .result_hi = (uint32_t)(result >> 32),
+                                    .sq_head = (uint16_t)nvme->sq[id].head,
+                                    .sq_id = (uint16_t)id,
+                                    .cid = cid,
+                                    .status = (uint16_t)status};
+}
+
 void nvme_end(struct pv_nvme *nvme, uint32_t id, uint16_t cid, uint32_t status, uint64_t result)
 {
     if (id >= PV_NVME_QUEUES || !nvme->sq[id].live)
         return;
-    const struct nvme_sq *sq = &nvme->sq[id];
-    struct nvme_completion entry = {.result = (uint32_t)result,
-                                    .result_hi = (uint32_t)(result >> 32),
-                                    .sq_head = (uint16_t)sq->head,
-                                    .sq_id = (uint16_t)id,
-                                    .cid = cid,
-                                    .status = (uint16_t)status};
-    nvme_post(nvme, &nvme->cq[sq->cq], &entry, 1);
+    struct nvme_completion entry = completion(nvme, id, cid, status, result);
+    nvme_post(nvme, &nvme->cq[nvme->sq[id].cq], &entry, 1);
 }
 
 bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd)
@@ -127,15 +121,14 @@ bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd)
 
 static bool same_range(const struct nvme_command *a, const struct nvme_command *b)
 {
-    return a->nsid == b->nsid && a->cdw10 == b->cdw10 && a->cdw11 == b->cdw11 &&
-           !((a->cdw12 ^ b->cdw12) & NVME_RW_NLB_MASK);
+    return a->nsid == b->nsid && nvme_slba(a) == nvme_slba(b) && !((a->cdw12 ^ b->cdw12) & NVME_RW_NLB_MASK);
 }
 
 /* What is wrong with a pair; 0: it is compare and write of the same blocks. */
 static uint32_t check_pair(const struct nvme_command *first, const struct nvme_command *second)
 {
     if (first->opcode != NVME_CMD_COMPARE || second->opcode != NVME_CMD_WRITE || !same_range(first, second))
-        return NVME_SC_INVALID_FIELD | NVME_STATUS_DNR;
+        return DNR(NVME_SC_INVALID_FIELD);
     return NVME_SC_SUCCESS;
 }
 
@@ -162,12 +155,7 @@ static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint3
     status &= ~NVME_ENDED;
     if (status)
         nvme_note_error(nvme, &request, status);
-    b->done[b->completed++] = (struct nvme_completion){.result = (uint32_t)request.result,
-                                                       .result_hi = (uint32_t)(request.result >> 32),
-                                                       .sq_head = (uint16_t)sq->head,
-                                                       .sq_id = (uint16_t)b->id,
-                                                       .cid = b->cmd[i].cid,
-                                                       .status = (uint16_t)status};
+    b->done[b->completed++] = completion(nvme, b->id, b->cmd[i].cid, status, request.result);
     return status;
 }
 
@@ -179,7 +167,7 @@ static uint32_t run_fused(struct pv_nvme *nvme, struct burst *b, uint32_t i)
                 (b->cmd[i + 1].flags & NVME_CMD_FUSE_MASK) == NVME_CMD_FUSE_SECOND;
     if (!pair) {
         bool reserved = fuse == NVME_CMD_FUSE_MASK;
-        run_one(nvme, b, i, (reserved ? NVME_SC_INVALID_FIELD : NVME_SC_FUSED_MISSING) | NVME_STATUS_DNR);
+        run_one(nvme, b, i, DNR(reserved ? NVME_SC_INVALID_FIELD : NVME_SC_FUSED_MISSING));
         return 1;
     }
     uint32_t wrong = check_pair(&b->cmd[i], &b->cmd[i + 1]);
@@ -191,7 +179,7 @@ static uint32_t run_fused(struct pv_nvme *nvme, struct burst *b, uint32_t i)
 static int run_admin(struct pv_nvme *nvme, struct burst *b)
 {
     struct nvme_sq *sq = b->sq;
-    for (uint32_t i = 0; i < b->count && !is_dead(nvme); i++) {
+    for (uint32_t i = 0; i < b->count && !nvme_is_dead(nvme); i++) {
         if (!pv_engine_gate(nvme->engine))
             return PV_STEP_STOPPED;
         struct nvme_request request = {.cmd = &b->cmd[i], .location = NVME_ERROR_LOCATION_NONE};
@@ -218,7 +206,7 @@ static void post(struct pv_nvme *nvme, struct burst *b)
 static int run_io(struct pv_nvme *nvme, struct burst *b)
 {
     int result = PV_STEP_PROGRESS;
-    for (uint32_t i = 0; i < b->count && !is_dead(nvme);) {
+    for (uint32_t i = 0; i < b->count && !nvme_is_dead(nvme);) {
         if (!pv_engine_gate(nvme->engine)) {
             result = PV_STEP_STOPPED;
             break;
@@ -256,7 +244,7 @@ static int run_burst(struct pv_nvme *nvme, uint32_t id, uint32_t most)
     b.id = id;
     b.completed = 0;
     struct nvme_cq *cq = &nvme->cq[b.sq->cq];
-    uint32_t waiting = waiting_in(b.sq), room = id ? nvme_cq_room(cq) : NVME_BURST;
+    uint32_t waiting = nvme_ahead(b.sq->head, b.sq->tail, b.sq->size), room = id ? nvme_cq_room(cq) : NVME_BURST;
     b.count = waiting < most ? waiting : most;
     if (b.count > room)
         b.count = room;
@@ -287,7 +275,7 @@ static uint64_t coarse_now(void)
 
 void nvme_catch_up(struct pv_nvme *nvme)
 {
-    if (atomic_load_explicit(&nvme->ready, memory_order_acquire) && atomic_load(&nvme->enabled) && !is_dead(nvme) &&
+    if (atomic_load_explicit(&nvme->ready, memory_order_acquire) && atomic_load(&nvme->enabled) && !nvme_is_dead(nvme) &&
         !atomic_load_explicit(&nvme->bus->cancel, memory_order_relaxed))
         nvme_hear(nvme);
 }
@@ -297,7 +285,7 @@ int nvme_step(void *device)
     struct pv_nvme *nvme = device;
     if (!atomic_load_explicit(&nvme->ready, memory_order_acquire) || !atomic_load(&nvme->enabled))
         return PV_STEP_OFF;
-    if (is_dead(nvme)) {
+    if (nvme_is_dead(nvme)) {
         nvme_set_due(nvme);
         return PV_STEP_OFF;
     }

@@ -161,7 +161,7 @@ bool nvme_run_waiting(struct pv_nvme *nvme)
 
 void nvme_set_due(struct pv_nvme *nvme)
 {
-    bool dead = atomic_load(&nvme->fatal) || atomic_load(&nvme->gone);
+    bool dead = nvme_is_dead(nvme);
     uint64_t due = nvme->waiting && !dead ? nvme->waiting->due : NVME_NEVER;
     for (uint32_t i = 1; nvme->coalesce_threshold && !dead && i < PV_NVME_QUEUES; i++)
         if (nvme->cq[i].unrung && nvme->cq[i].ring_at < due)
