@@ -195,7 +195,7 @@ class Admin:
     def complete(self, command: Command, status: int = 0, result: int = 0) -> None:
         """Completes a command; nothing where a reset came first."""
         if not command.forgotten:
-            lib.pv_nvme_complete(self._nvme, 0, command.cid, status, result)
+            lib.pv_nvme_complete(self._nvme, command.cid, status, result)
 
     def fail(self, command: Command, error: AdminError) -> None:
         """Completes a command with an error, which goes into the error log."""

@@ -44,14 +44,13 @@ static bool allocate(struct pv_nvme *nvme)
 
 struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind)
 {
-    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > 9 || config->namespaces > PV_NVME_NAMESPACES || !msix)
+    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > 9 || !config->namespaces ||
+        config->namespaces > PV_NVME_NAMESPACES || !msix)
         return NULL;
     struct pv_nvme *nvme = calloc(1, sizeof(*nvme));
     if (!nvme)
         return NULL;
     nvme->config = *config;
-    if (!config->namespaces)
-        nvme->config.namespaces = PV_NVME_NAMESPACES;
     nvme->bus = pv_bus_get(bus);
     nvme->msix = pv_msix_get(msix);
     nvme->threaded = kind == PV_ENGINE_THREAD;
@@ -357,14 +356,14 @@ uint32_t pv_nvme_take_admin(struct pv_nvme *nvme, struct nvme_command *out, uint
     return count;
 }
 
-void pv_nvme_complete(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result)
+void pv_nvme_complete(struct pv_nvme *nvme, uint16_t cid, uint32_t status, uint64_t result)
 {
     struct nvme_answer *answer = malloc(sizeof(*answer));
     if (!answer) {
         nvme_fatal(nvme);
         return;
     }
-    *answer = (struct nvme_answer){NULL, sq, status, cid, result};
+    *answer = (struct nvme_answer){NULL, status, cid, result};
     pthread_mutex_lock(&nvme->lock);
     *nvme->answers_end = answer;
     nvme->answers_end = &answer->next;

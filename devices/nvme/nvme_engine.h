@@ -46,7 +46,7 @@ struct pv_nvme_backing;
 struct pv_nvme_config {
     uint32_t dstrd;
     uint32_t mdts_shift; /* a power of two of 4 KiB, at most 9 */
-    uint32_t namespaces; /* Identify Controller, NN: at most PV_NVME_NAMESPACES; 0: that many */
+    uint32_t namespaces; /* Identify Controller, NN: 1 to PV_NVME_NAMESPACES */
     uint32_t poll_doorbells; /* not 0: the doorbell page may be written without anybody telling us */
 };
 
@@ -113,8 +113,8 @@ void pv_nvme_set_vector_coalescing(struct pv_nvme *nvme, uint32_t vector, int on
 
 /* Admin commands that wait, oldest first; how many were taken. */
 uint32_t pv_nvme_take_admin(struct pv_nvme *nvme, struct nvme_command *out, uint32_t max);
-/* Completes a command of a queue that was taken (the admin queue's). */
-void pv_nvme_complete(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result);
+/* Completes an admin command that was taken. */
+void pv_nvme_complete(struct pv_nvme *nvme, uint16_t cid, uint32_t status, uint64_t result);
 /* Ends a command that has not completed yet with Abort Requested. 1: it was there, 0: not. Not for the admin queue. */
 int pv_nvme_abort(struct pv_nvme *nvme, uint32_t sq, uint16_t cid);
 /*

@@ -145,7 +145,7 @@ struct pv_nvme {
     uint32_t admin_head, admin_count;
     struct nvme_answer {
         struct nvme_answer *next;
-        uint32_t sq, status;
+        uint32_t status;
         uint16_t cid;
         uint64_t result;
     } *answers, **answers_end;

@@ -134,7 +134,7 @@ static void take_answers(struct pv_nvme *nvme)
     pthread_mutex_unlock(&nvme->lock);
     while (answer) {
         struct nvme_answer *next = answer->next;
-        nvme_end(nvme, answer->sq, answer->cid, answer->status, answer->result);
+        nvme_end(nvme, 0, answer->cid, answer->status, answer->result);
         free(answer);
         answer = next;
     }

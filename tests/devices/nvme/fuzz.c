@@ -218,7 +218,7 @@ static void admin(struct fuzz *f)
     for (uint32_t i = 0; i < count; i++) {
         pv_nvme_transfer(f->nvme, &taken[i], page, (uint32_t)draw(f, sizeof(page) + 1), (int)draw(f, 2),
                          pv_nvme_resets(f->nvme));
-        pv_nvme_complete(f->nvme, (uint32_t)(draw(f, 10) ? 0 : any_word(f)), taken[i].cid, 0, 0);
+        pv_nvme_complete(f->nvme, taken[i].cid, 0, 0);
     }
 }
 
