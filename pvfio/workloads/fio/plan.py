@@ -73,9 +73,9 @@ class Known:
 class Plan:
     """The I/O of one job on ``size`` bytes of which it may use all.
 
-    ``take(n)`` gives the next ones, at most n, none when the passes are over; ``passes`` None: they never are. All begin
-    and end at multiples of ``unit`` bytes. Raises ``ValueError`` for a job that has no block in so few bytes, or none of
-    whole units.
+    ``take(n)`` gives the next ones, at most n, none when the passes are over; ``passes`` None: they never are. All
+    begin and end at multiples of ``unit`` bytes. Raises ``ValueError`` for a job that has no block in so few bytes, or
+    none of whole units.
     """
 
     def __init__(self, job: Job, size: int, seed: int, *, unit: int = 1, passes: int | None = 1) -> None:
