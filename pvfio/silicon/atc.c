@@ -13,10 +13,7 @@
  */
 static void keep(struct requester *r, uint64_t iova, const struct translation *t)
 {
-    struct tlb *tlb = &r->atc.tlb;
-    tlb_insert(tlb, ATC_TAG, iova, t->lg2, t->data, atomic_load(&tlb->sequence));
-    if (atomic_load(&r->tlb.sequence) != r->sequence)
-        tlb_drop(tlb, ATC_TAG, iova, iova);
+    tlb_insert(&r->atc.tlb, ATC_TAG, iova, t->lg2, t->data, &r->announced, r->sequence);
 }
 
 int pv_atc_translate(struct requester *r, uint64_t iova, uint32_t perm, struct pv_span *span)
@@ -46,7 +43,7 @@ int pv_atc_translate(struct requester *r, uint64_t iova, uint32_t perm, struct p
 /* With the IOMMU's lock held. */
 static void forget(struct requester *r)
 {
-    atomic_fetch_add(&r->tlb.sequence, 1);
+    atomic_fetch_add(&r->announced, 1);
     tlb_clear(&r->atc.tlb);
     pv_section_wait(&r->section);
 }
@@ -77,7 +74,7 @@ void pv_atc_invalidate(struct requester *r, uint64_t range)
     }
     atomic_fetch_add_explicit(&atc->tlb.invalidations, 1, memory_order_relaxed);
     /* Announced again: a section that began after the first time may still have found an entry the IOTLB had then. */
-    atomic_fetch_add(&r->tlb.sequence, 1);
+    atomic_fetch_add(&r->announced, 1);
     unsigned lg2 = ats_range_lg2(range), unit = atomic_load(&atc->lg2);
     if (lg2 < unit) /* the function knows nothing smaller */
         lg2 = unit;

@@ -89,7 +89,7 @@ static void invalidate(struct pv_domain *domain, uint64_t first, unsigned lg2)
     uint64_t range = ats_range(first, lg2);
     pthread_mutex_lock(&domain->iommu->lock);
     for (struct requester *r = domain->first; r; r = r->next) {
-        atomic_fetch_add(&r->tlb.sequence, 1);
+        atomic_fetch_add(&r->announced, 1);
         atomic_fetch_add_explicit(&r->tlb.invalidations, 1, memory_order_relaxed);
         if (lg2 == 64)
             tlb_clear(&r->tlb);
@@ -106,7 +106,7 @@ void pv_iommu_invalidate_stage2(struct pv_iommu *iommu)
 {
     pthread_mutex_lock(&iommu->lock);
     for (struct requester *r = iommu->first; r; r = r->next_of_all) {
-        atomic_fetch_add(&r->tlb.sequence, 1);
+        atomic_fetch_add(&r->announced, 1);
         atomic_fetch_add_explicit(&r->tlb.invalidations, 1, memory_order_relaxed);
         tlb_clear(&r->tlb);
         pv_atc_invalidate(r, ATS_EVERYTHING);

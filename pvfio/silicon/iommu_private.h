@@ -51,7 +51,8 @@ struct requester {
     struct requester *next; /* of the same domain */
     struct requester *next_of_all;
     _Atomic uint64_t section;
-    uint64_t sequence;      /* of the IOTLB, as the open section read it */
+    _Atomic uint64_t announced; /* how many invalidations began */
+    uint64_t sequence;      /* `announced` as the open section read it */
     struct tlb tlb;
     struct atc atc;         /* the device's own, beyond the IOMMU */
     pthread_mutex_t msi_lock;

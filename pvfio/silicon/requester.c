@@ -42,7 +42,7 @@ static int iotlb_fill(struct requester *r, const struct pv_domain *domain, uint6
         return -EFAULT;
     uint64_t offset = iova & ((1ull << result.lg2) - 1);
     *t = (struct translation){(uint64_t)(uintptr_t)(result.ptr - offset) | result.perm, result.lg2};
-    tlb_insert(&r->tlb, domain->tag, iova, t->lg2, t->data, r->sequence);
+    tlb_insert(&r->tlb, domain->tag, iova, t->lg2, t->data, &r->announced, r->sequence);
     return 0;
 }
 
@@ -90,7 +90,7 @@ static void requester_enter(struct pv_bus *bus)
 {
     struct requester *r = (struct requester *)bus;
     pv_section_enter(&r->section);
-    r->sequence = atomic_load(&r->tlb.sequence);
+    r->sequence = atomic_load(&r->announced);
 }
 
 static void requester_leave(struct pv_bus *bus)
@@ -215,7 +215,7 @@ int pv_requester_attach(struct pv_bus *requester, struct pv_domain *domain)
             r->next = domain->first;
             domain->first = r;
         }
-        atomic_fetch_add(&r->tlb.sequence, 1);
+        atomic_fetch_add(&r->announced, 1);
         tlb_clear(&r->tlb);
         pv_atc_invalidate(r, ATS_EVERYTHING);
         pv_section_wait(&r->section);

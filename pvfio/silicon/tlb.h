@@ -1,8 +1,9 @@
 /*
  * The IOTLB of one requester: set-associative, tagged by domain, entries of every page size.
  *
- * Its requester alone inserts and looks up, inside a section; anyone may invalidate. An entry is found by one probe
- * per page size that was ever inserted. It is large, and memory that is never touched costs nothing: what an invalidation
+ * Its requester alone inserts and looks up, inside a section. Anyone may invalidate who holds the IOMMU's lock, so one at a
+ * time: until a bit of `filled` that was cleared too early is set again, a second one would pass over what is there. An
+ * entry is found by one probe per page size that was ever inserted. It is large, and memory that is never touched costs nothing: what an invalidation
  * takes grows with the entries there are, or with the pages it is about where those are fewer, not with the room.
  *
  * Not modelled: paging-structure caches, global pages, the replacement policies of real parts (here: round robin).
@@ -29,7 +30,6 @@ struct tlb {
     uint8_t next_way[TLB_SETS];
     _Atomic uint64_t filled[TLB_SETS / 64]; /* a bit per set: it may have entries */
     _Atomic uint64_t sizes;    /* bit n: a page of 2^n bytes may be here */
-    _Atomic uint64_t sequence; /* how many invalidations began */
     _Atomic uint64_t hits, misses, invalidations;
 };
 
@@ -85,11 +85,11 @@ static inline bool tlb_is_filled(struct tlb *tlb, unsigned set)
 }
 
 /*
- * `sequence` is what the section read when it began: an invalidation since then may be about this very entry. The
- * order is tag, bit, sequence: an invalidation that does not see the bit yet has announced itself before.
+ * `sequence` is what the section read of `announced` when it began: an invalidation since then may be about this very
+ * entry. The order is tag, bit, `announced`: an invalidation that does not see the bit yet has announced itself before.
  */
 static inline void tlb_insert(struct tlb *tlb, uint16_t domain, uint64_t iova, unsigned lg2, uint64_t data,
-                              uint64_t sequence)
+                              const _Atomic uint64_t *announced, uint64_t sequence)
 {
     uint64_t tag = tlb_tag(domain, iova, lg2);
     unsigned set = tlb_set(iova, lg2);
@@ -108,7 +108,7 @@ static inline void tlb_insert(struct tlb *tlb, uint16_t domain, uint64_t iova, u
     atomic_store(&e->tag, tag);
     if (!tlb_is_filled(tlb, set))
         atomic_fetch_or(&tlb->filled[set / 64], 1ull << set % 64);
-    if (atomic_load(&tlb->sequence) != sequence)
+    if (atomic_load(announced) != sequence)
         atomic_store(&e->tag, 0);
 }
 

@@ -19,7 +19,7 @@ UNMAPS = int(os.environ.get("PVFIO_STRESS_UNMAPS", "0"))
 LEAST = {"thread": 2_000, "address,undefined": 50_000}
 
 
-@pytest.mark.parametrize("name", ["dma_race", "dirty_race", "engine_race", "table_race"])
+@pytest.mark.parametrize("name", ["dma_race", "dirty_race", "engine_race", "table_race", "tlb_race"])
 @pytest.mark.parametrize("sanitizer", LEAST)
 def test_no_race(name: str, sanitizer: str, tmp_path: Path) -> None:
     program = build(Path(__file__).with_name(f"{name}.c"), ROOMS, sanitizer, tmp_path)
