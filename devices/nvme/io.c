@@ -6,18 +6,10 @@
  */
 #include "io.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { BYTE_NSID = 4, BYTE_SLBA = 40, BYTE_NLB = 48 };
-
-uint32_t nvme_media(int error)
-{
-    if (!error)
-        return NVME_SC_SUCCESS;
-    return error == -EROFS ? DNR(NVME_SC_READ_ONLY) : NVME_SC_INTERNAL;
-}
 
 uint32_t nvme_check_range(struct nvme_io *io, uint64_t lba, uint64_t blocks)
 {

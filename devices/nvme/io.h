@@ -36,7 +36,6 @@ static inline uint32_t nvme_written(struct nvme_io *io)
 }
 
 /* io.c */
-uint32_t nvme_media(int error);
 uint32_t nvme_check_range(struct nvme_io *io, uint64_t lba, uint64_t blocks);
 uint32_t nvme_check_writable(const struct nvme_io *io);
 bool nvme_usable(const struct nvme_namespace *ns, uint64_t lba, uint64_t blocks);

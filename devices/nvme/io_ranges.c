@@ -14,10 +14,8 @@ enum { BYTE_CDW11 = 44, BYTE_CDW12 = 48 };
 static uint32_t zero(struct nvme_io *io, uint64_t lba, uint64_t blocks, bool discard)
 {
     struct nvme_namespace *ns = io->ns;
-    uint32_t status = nvme_media(
-        pv_nvme_backing_zero(ns->backing, nvme_bytes(ns, lba), nvme_bytes(ns, blocks), discard));
-    if (status)
-        return status;
+    if (pv_nvme_backing_zero(ns->backing, nvme_bytes(ns, lba), nvme_bytes(ns, blocks), discard))
+        return NVME_SC_WRITE_FAULT;
     /* Ones: an application tag that says not to check (NVM 5.2.1.4). */
     if (ns->metadata)
         memset(ns->metadata + lba * ns->format.metadata, ns->format.pi ? 0xff : 0, blocks * ns->format.metadata);

@@ -147,7 +147,7 @@ def test_cut_short(rig: Rig, image: Path, cache: bool) -> None:
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_file_that_takes_no_more(rig: Rig, cache: bool) -> None:
-    """A full disk is a Write Fault: of the write, or of the flush that finds out."""
+    """A full disk is a Write Fault: of whatever writes, or of the flush that finds out."""
     fd = os.memfd_create("image", os.MFD_ALLOW_SEALING)
     os.truncate(fd, 16 * PAGE)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
@@ -157,6 +157,8 @@ def test_a_file_that_takes_no_more(rig: Rig, cache: bool) -> None:
     assert rig.run(command(WRITE)) == (0 if cache else lib.NVME_SC_WRITE_FAULT)
     assert rig.run(command(FLUSH)) == (lib.NVME_SC_WRITE_FAULT if cache else 0)
     assert rig.run(command(WRITE, lba=2, control=lib.NVME_RW_FUA)) == lib.NVME_SC_WRITE_FAULT
+    away = command(lib.NVME_CMD_WRITE_ZEROES, blocks=2, control=lib.NVME_RW_DEAC)
+    assert rig.run(away) == lib.NVME_SC_WRITE_FAULT
     assert rig.run(command(READ)) == 0
 
 
