@@ -52,10 +52,11 @@ class NamespaceCommands:
             return await self._create(command)
         if select != lib.NVME_NS_MGMT_DELETE:
             raise AdminError(lib.NVME_SC_INVALID_FIELD, _BYTE_CDW10)
-        doomed = self._allocated(command.nsid) if command.nsid != _ALL else None
-        for found in [doomed] if doomed else list(self._namespaces.by_nsid.values()):
+        every = command.nsid == _ALL
+        doomed = list(self._namespaces.by_nsid.values()) if every else [self._allocated(command.nsid)]
+        for found in doomed:
             self._check_free(found)
-        for found in [doomed] if doomed else list(self._namespaces.by_nsid.values()):
+        for found in doomed:
             self._namespaces.delete(found.nsid)
             self._gone(found.nsid)
             if found.attached:

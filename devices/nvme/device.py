@@ -250,9 +250,7 @@ class NvmeDevice(FaultHooks, PciFunction):
 
     def disable(self) -> None:
         """The reset of the controller: queues and what is in flight go, no completion follows (Base 3.7.2)."""
-        self.cancel_dma(True)
-        lib.pv_nvme_disable(self._nvme)
-        self.cancel_dma(False)
+        self._drop_queues()
         for subject in (
             self.events,
             self._queues,
@@ -266,8 +264,8 @@ class NvmeDevice(FaultHooks, PciFunction):
         self._features.reset()
         self.set_intx(False)
 
-    def shut_down(self, abrupt: bool) -> None:
-        """CC.SHN: what is cached becomes durable; an abrupt one makes no haste about it here."""
+    def shut_down(self) -> None:
+        """CC.SHN: what is cached becomes durable; an abrupt one is no other here."""
         self._shutdown_wanted.set()
 
     def subsystem_reset(self) -> None:
@@ -279,6 +277,10 @@ class NvmeDevice(FaultHooks, PciFunction):
         """The keep alive timer expired (Base 3.9): logged, fatal, and no command is executed any more."""
         self._admin.log_error(lib.NVME_SC_KAT_EXPIRED)
         self.registers.fail()
+        self._drop_queues()
+
+    def _drop_queues(self) -> None:
+        """DMA is cancelled meanwhile, so that nothing of it waits for anybody."""
         self.cancel_dma(True)
         lib.pv_nvme_disable(self._nvme)
         self.cancel_dma(False)

@@ -78,7 +78,7 @@ class FeatureTable:
                 mask=0xFFFFFF07, default=lambda _: _BURST, saveable=True, apply=self._arbitration
             ),
             # One power state; workload hints are kept.
-            lib.NVME_FEAT_POWER_MGMT: Feature(mask=0xE0, saveable=True, apply=_workload),
+            lib.NVME_FEAT_POWER_MGMT: Feature(mask=0xE0, saveable=True),
             lib.NVME_FEAT_TEMP_THRESH: Feature(
                 mask=0x3FFFFF,
                 default=self._health.default_threshold,
@@ -212,10 +212,6 @@ class FeatureTable:
 
     def _set_host_id(self, command: Command, data: bytes) -> None:
         self._host_id = data.ljust(16, b"\0")
-
-
-def _workload(_key: int, value: int) -> int:
-    return value
 
 
 def _sensors(command: Command, setting: bool) -> tuple[int, ...]:

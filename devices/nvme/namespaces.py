@@ -151,6 +151,7 @@ class Namespaces:
         except MemoryError:
             del self.by_nsid[nsid]
             raise
+        self.refresh(nsid)
         return made
 
     def _give(self, namespace: Namespace, spec: NamespaceSpec) -> None:
@@ -168,8 +169,6 @@ class Namespaces:
         if lib.pv_nvme_set_namespace(self._nvme, namespace.nsid, namespace.backing, made):
             raise MemoryError(f"no room for namespace {namespace.nsid}")
         namespace.spec = spec
-        self.refresh(namespace.nsid)
-        lib.pv_nvme_write_protect(self._nvme, namespace.nsid, namespace.protection_state)
 
     def attach(self, nsid: int) -> None:
         """Commands may use it."""

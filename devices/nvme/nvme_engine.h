@@ -129,7 +129,10 @@ void pv_nvme_set_pin(struct pv_nvme *nvme, int on);
 int pv_nvme_pin(struct pv_nvme *nvme);
 void pv_nvme_mask_pin(struct pv_nvme *nvme, uint32_t mask);
 
-/* Makes a namespace, attached, or takes it away (backing NULL). Pauses the engine. 0, -EINVAL, -ENOMEM. */
+/*
+ * Makes a namespace, attached, or takes it away (backing NULL). One that was there goes on being refused and protected as
+ * it was. Pauses the engine. 0, -EINVAL, -ENOMEM.
+ */
 int pv_nvme_set_namespace(struct pv_nvme *nvme, uint32_t nsid, struct pv_nvme_backing *backing,
                           const struct pv_nvme_format *format);
 /* While not 0, commands for a namespace end with this status (detached, being formatted); it keeps everything. */

@@ -45,7 +45,6 @@ class EnableSettings:
     acq_size: int
     page_shift: int
     arbitration: int
-    command_sets: int
 
 
 class Owner(Protocol):
@@ -57,7 +56,7 @@ class Owner(Protocol):
     def disable(self) -> None:
         """CC.EN was cleared: the reset of the controller (Base 3.7.2)."""
 
-    def shut_down(self, abrupt: bool) -> None:
+    def shut_down(self) -> None:
         """CC.SHN was written; ``shut_down_complete`` follows."""
 
     def subsystem_reset(self) -> None:
@@ -184,7 +183,7 @@ class Registers:
             self._enable(value)
         if value & _SHN and not old & _SHN:
             self.csts = self.csts & ~_SHST | int(lib.NVME_CSTS_SHST_OCCUR)
-            self._owner.shut_down(abrupt=value & _SHN == lib.NVME_CC_SHN_ABRUPT)
+            self._owner.shut_down()
 
     def _enable(self, cc: int) -> None:
         """Ready, or in fatal status where what was written cannot be (Base 3.5.1)."""
@@ -195,13 +194,13 @@ class Registers:
             acq_size=((self.aqa & lib.NVME_AQA_ACQS_MASK) >> lib.NVME_AQA_ACQS_SHIFT) + 1,
             page_shift=12 + ((cc & _MPS) >> lib.NVME_CC_MPS_SHIFT),
             arbitration=(cc & _AMS) >> lib.NVME_CC_AMS_SHIFT,
-            command_sets=(cc & _CSS) >> lib.NVME_CC_CSS_SHIFT,
         )
+        command_sets = (cc & _CSS) >> lib.NVME_CC_CSS_SHIFT
         weighted = settings.arbitration == lib.NVME_CC_AMS_WRRU and self._config.weighted
         possible = (
             settings.page_shift <= self._config.max_page_shift
             and (settings.arbitration == lib.NVME_CC_AMS_RR or weighted)
-            and settings.command_sets in (lib.NVME_CC_CSS_NVM, lib.NVME_CC_CSS_IO)
+            and command_sets in (lib.NVME_CC_CSS_NVM, lib.NVME_CC_CSS_IO)
         )
         if possible and self._owner.enable(settings):
             self.csts |= int(lib.NVME_CSTS_RDY)
