@@ -256,8 +256,8 @@ class AdminQueue(CommandQueue):
 
     def _request(self) -> None:
         command = Command("asynchronous event")
+        self._start((command, Sqe(lib.NVME_ADMIN_ASYNC_EVENT)))
         self._requests.append(command)
-        self._start(command, Sqe(lib.NVME_ADMIN_ASYNC_EVENT))
 
     def _hand_out(self, taken: Completions) -> Completions:
         others = super()._hand_out(taken)

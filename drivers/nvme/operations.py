@@ -34,8 +34,9 @@ class QueuePair(VectorQueue):
 
     ``nsid`` is a namespace that was found, ``lba`` its first block. ``deadline`` is in seconds (default: the
     driver's). All raise ``NvmeError`` for another status than success, ``DeadlineExceeded``, ``OperationAborted`` when
-    a reset took the command back, ``DeviceFailed``, and ``ValueError`` for what cannot be asked. When they return or
-    raise, and when they are cancelled, the controller does not touch the buffers any more.
+    a reset took the command back, ``DeviceFailed``, ``VfioError`` where the controller cannot be told of the command,
+    and ``ValueError`` for what cannot be asked. When they return or raise, and when they are cancelled, the controller
+    does not touch the buffers any more.
     """
 
     async def read(
@@ -325,9 +326,7 @@ class QueuePair(VectorQueue):
 
         def start(command: Command) -> None:
             commands.extend((command, Command("write")))
-            for each, sqe in zip(commands, pair, strict=True):
-                self._put(each, sqe)
-            self._ring.ring()
+            self._start(*zip(commands, pair, strict=True))
 
         first = await self._run(start, "compare", deadline, count=2)
         try:

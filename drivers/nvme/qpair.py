@@ -81,8 +81,9 @@ class VectorQueue(CommandQueue):
         ``lbas`` and ``iovas`` have shape (n,) (``iovas`` is of no use to commands without data), ``blocks`` is 1 to
         65536 for all or of shape (n,); ``control`` goes into CDW12 (``lib.NVME_RW_FUA``, ...). ``metadata``: IOVAs of
         the metadata, where it is separate. Raises ``trio.WouldBlock`` when there is no room for all of them,
-        ``DeviceFailed`` when the queue is not there, ``ValueError`` for a transfer that is longer than the controller
-        allows and for arrays of other shapes. Nothing was submitted then.
+        ``DeviceFailed`` when the queue is not there, ``VfioError`` where the doorbell cannot be rung, ``ValueError``
+        for a transfer that is longer than the controller allows and for arrays of other shapes. Nothing was submitted
+        then.
         """
         if self._closed is not None or self._paused:
             self._check()

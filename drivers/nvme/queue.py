@@ -113,14 +113,14 @@ class CommandQueue:
         if self._closed is not None:
             raise DeviceFailed(self.device, f"queue {self.id} is {self._closed}")
 
-    def _start(self, command: Command, sqe: Sqe) -> None:
-        """Submits one command; there is room."""
-        self._put(command, sqe)
+    def _start(self, *commands: tuple[Command, Sqe]) -> None:
+        """Submits commands, for which there is room. None was submitted when it raises."""
+        packed = [sqe.pack() for _, sqe in commands]
+        cids = [self._ring.put(entry, self._now()) for entry in packed]
         self._ring.ring()
-
-    def _put(self, command: Command, sqe: Sqe) -> None:
-        command.cid = self._ring.put(sqe.pack(), self._now())
-        self._waiters[command.cid] = command
+        for (command, _), cid in zip(commands, cids, strict=True):
+            command.cid = cid
+            self._waiters[cid] = command
 
     async def _run(
         self,
@@ -134,8 +134,9 @@ class CommandQueue:
         """One command from submission, which ``start`` does, to its completion, whatever its status.
 
         ``start`` submits ``count`` commands. ``privileged``: of the reset itself, which the queue is paused for, and
-        which takes nothing back. Raises ``DeadlineExceeded``, ``OperationAborted`` and ``DeviceFailed``; on return,
-        and when cancelled, the controller does not touch any more what the command named.
+        which takes nothing back. Raises ``DeadlineExceeded``, ``OperationAborted``, ``DeviceFailed``, and ``VfioError``
+        where the doorbell cannot be rung; then, on return, and when cancelled, the controller does not touch any more
+        what the command named.
         """
         self._check()
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -174,7 +175,7 @@ class CommandQueue:
         privileged: bool = False,
     ) -> int:
         """A command's result where it succeeds, ``NvmeError`` otherwise; else as ``_run``."""
-        command = await self._run(lambda c: self._start(c, sqe), operation, deadline, privileged=privileged)
+        command = await self._run(lambda c: self._start((c, sqe)), operation, deadline, privileged=privileged)
         self._judge(command, sqe.opcode, sqe.nsid, lba)
         return command.result
 

@@ -31,9 +31,12 @@ static inline void put(struct pv_nvme_ring *ring, uint64_t words[SQE_WORDS], uin
     ring->tail = ring->tail + 1 < ring->entries ? ring->tail + 1 : 0;
 }
 
-static int tell(const struct pv_nvme_ring *ring, struct pv_mmio *mmio)
+static int tell(struct pv_nvme_ring *ring, struct pv_mmio *mmio)
 {
-    return mmio ? pv_mmio_store(mmio, ring->sq_doorbell, 4, ring->tail) : -ENOTTY;
+    int error = mmio ? pv_mmio_store(mmio, ring->sq_doorbell, 4, ring->tail) : -ENOTTY;
+    if (!error)
+        ring->told = ring->tail;
+    return error;
 }
 
 int pv_nvme_post(struct pv_nvme_ring *ring, struct pv_mmio *mmio, const uint8_t *entry, uint32_t n, const uint64_t *lbas,

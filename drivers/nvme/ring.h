@@ -24,6 +24,7 @@ struct pv_nvme_ring {
     uint16_t *free;   /* depth: the first `room` can be given out */
     int64_t *since;   /* depth: when each was submitted, 0: not in flight */
     uint32_t tail, head, phase;
+    uint32_t told; /* the tail that the controller knows of */
     uint32_t room, outstanding;
     uint32_t unacknowledged; /* completions taken of which the controller was not told */
     uint32_t most_unacknowledged;

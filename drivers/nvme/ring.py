@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import numpy as np
 
 from pvfio.abi import ffi, lib
-from pvfio.errors import DeviceFailed
+from pvfio.errors import DeviceFailed, VfioError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,16 +164,19 @@ class Ring:
         self._free[: len(free)] = free
         state = self._state
         state.room, state.outstanding = len(free), 0
-        state.tail = state.head = state.unacknowledged = 0
+        state.tail = state.told = state.head = state.unacknowledged = 0
         state.phase = 1
 
-    # Submission
+    # Submission. All of it needs room for what is submitted, and nothing is released before the doorbell rings. Where
+    # that cannot be (``VfioError``), nothing was submitted.
 
     def put(self, command: bytes, now: int) -> int:
-        """The next command, whole but for its identifier, in flight since ``now`` (not 0); its identifier. There is
-        room for it. The doorbell is not rung.
+        """The next command, whole but for its identifier, in flight since ``now`` (not 0); its identifier. The
+        doorbell is not rung. ``DeviceFailed``: there is no room.
         """
         cid: int = lib.pv_nvme_put(self._state, command, now)
+        if cid < 0:
+            raise DeviceFailed(self._region.device, "a queue is full of commands that do not end")
         return cid
 
     def post_one(self, template: Template, lba: int, address: int, clock: Callable[[], int]) -> int:
@@ -239,7 +242,22 @@ class Ring:
 
     def ring(self) -> None:
         """Tells the controller of what was filled (the submission queue tail doorbell, NVMe Base 2.0c 3.1.3.12)."""
-        self._region.doorbell(self._sq_doorbell, self._state.tail)
+        state = self._state
+        try:
+            self._region.doorbell(self._sq_doorbell, state.tail)
+        except Exception:
+            self._withdraw((state.tail - state.told) % self.entries)
+            raise
+        state.told = state.tail
+
+    def _withdraw(self, count: int) -> None:
+        """The last ``count`` commands, which the controller was not told of, were never there."""
+        state = self._state
+        taken = self._free[state.room : state.room + count]  # nothing was released since
+        self.since[taken] = 0
+        state.room += count
+        state.outstanding -= count
+        state.tail = state.told
 
     # Completion
 
@@ -261,7 +279,7 @@ class Ring:
                 self._distrust()
             return None
         if done >= _TELL:
-            self.acknowledge()
+            self._acknowledge()
         count, failed = done & 0xFFFF, done >> 16 & 0xFFFF
         if not count:  # told of those before
             return None
@@ -276,7 +294,7 @@ class Ring:
                 self._distrust()
             return None
         if done >= _TELL:
-            self.acknowledge()
+            self._acknowledge()
             done -= _TELL
         return done & 0xFFFF, done >> 16
 
@@ -300,11 +318,15 @@ class Ring:
         if lib.pv_nvme_release(self._state, ffi.from_buffer("int64_t[]", plain), len(plain)):
             raise ValueError("these identifiers are not to be released")
 
-    def acknowledge(self) -> None:
-        """Tells the controller which completions were taken (the head doorbell, NVMe Base 2.0c 3.1.3.13)."""
-        if self._state.unacknowledged:
-            self._state.unacknowledged = 0
+    def _acknowledge(self) -> None:
+        """Tells the controller which completions were taken (the head doorbell, NVMe Base 2.0c 3.1.3.13). Where that
+        cannot be, it is told at the next look: those that were taken are good.
+        """
+        try:
             self._region.doorbell(self._cq_doorbell, self._state.head)
+        except VfioError:
+            return
+        self._state.unacknowledged = 0
 
     def in_flight(self) -> NDArray[np.intp]:
         """The identifiers of what is outstanding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import trio
 
 from pvfio.abi import ffi, lib
 from pvfio.drivers.nvme import NvmeDriver, NvmeError, OperationAborted
-from pvfio.errors import DeadlineExceeded, DeviceFailed
+from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 from pvfio.silicon import DmaCancelled
 
 pytestmark = pytest.mark.touches_c
@@ -294,3 +295,53 @@ async def test_the_driver_has_the_first_queue_s_commands(running: Any) -> None:
         await r.nvme.write_zeroes(1, 9, 1)
         with pytest.raises(NvmeError, match="COMPARE_FAILED"):
             await r.nvme.compare(1, 9, buffer)
+
+
+@pytest.mark.parametrize("operation", ["read", "readv", "compare_and_write", "submit", "smart_log"])
+async def test_a_doorbell_that_cannot_be_rung(
+    running: Any, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Nothing was submitted, so nothing touches the buffers when the next command rings it."""
+    async with running() as r:
+        buffer = await r.container.alloc(2 * BLOCK)
+        calls = {
+            "read": lambda: r.nvme.read(1, 0, buffer),
+            "readv": lambda: r.nvme.readv(1, 0, [buffer[:BLOCK], buffer[BLOCK:]]),
+            "compare_and_write": lambda: r.nvme.compare_and_write(1, 0, buffer[:BLOCK], buffer[BLOCK:]),
+            "submit": lambda: r.queue.submit(lib.NVME_CMD_READ, 1, lbas(2), 1, addresses(buffer, 2)),
+            "smart_log": r.nvme.smart_log,
+        }
+        before = r.queue.outstanding, r.nvme.admin.outstanding
+        with monkeypatch.context() as deaf:
+            region = r.nvme._registers.region
+            deaf.setattr(region, "mmio", None)
+            deaf.setattr(region, "write_nowait", refuse)
+            with pytest.raises(VfioError):
+                await calls[operation]()
+        assert (r.queue.outstanding, r.nvme.admin.outstanding) == before
+        assert not r.queue._waiters
+        buffer[:] = 5
+        await r.nvme.flush(1)
+        await r.nvme.smart_log()
+        assert np.all(buffer == 5)
+        await check_works(r, buffer)
+
+
+def refuse(offset: int, value: int, size: int) -> None:
+    """As a region of a server that does not read."""
+    raise VfioError(errno.EAGAIN, "doorbell")
+
+
+async def test_completions_of_which_the_controller_cannot_be_told_are_not_lost(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(entries=16) as r:
+        buffer = await r.container.alloc(8 * BLOCK)
+        r.queue._ring._most_unacknowledged = 1
+        cids = r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas(8), 1, addresses(buffer, 8))
+        with monkeypatch.context() as deaf:
+            region = r.nvme._registers.region
+            deaf.setattr(region, "mmio", None)
+            deaf.setattr(region, "write_nowait", refuse)
+            assert (await r.queue.reap()).cids.tolist() == cids.tolist()
+        await check_works(r, buffer)

@@ -5,6 +5,7 @@ The test is the controller: it reads the submission queue and writes completions
 
 from __future__ import annotations
 
+import errno
 import mmap
 from typing import Any
 
@@ -30,17 +31,22 @@ CID = 0xFFFF0000  # of word 0
 
 
 class Bells(Region):
-    """A BAR of one page of memory; without ``mmio``, its registers are reached one at a time."""
+    """A BAR of one page of memory; without ``mmio``, its registers are reached one at a time. ``deaf``: not at all, as
+    one of a server that does not read.
+    """
 
     def __init__(self, mapped: bool = True) -> None:
         super().__init__("nvme", 0, PAGE, 0, ())
         self.page = mmap.mmap(-1, PAGE)
         self.mmio = mapped_bar(PAGE, [(0, self.page)]) if mapped else None
+        self.deaf = False
 
     def read_nowait(self, offset: int, size: int = 4) -> int:
         return int.from_bytes(self.page[offset : offset + size], "little")
 
     def write_nowait(self, offset: int, value: int, size: int = 4) -> None:
+        if self.deaf:
+            raise VfioError(errno.EAGAIN, "doorbell")
         self.page[offset : offset + size] = value.to_bytes(size, "little")
 
     async def read(self, offset: int, size: int = 4) -> int:
@@ -152,6 +158,36 @@ class RingMachine(RuleBasedStateMachine):
             lbas, addresses = np.repeat(lbas, 2)[::2], addresses.astype(np.int64)
         self.begun(cids_of(ring.post(ENTRY, lbas, addresses, NOW)), lba)
         self.rang()
+
+    @precondition(lambda self: self.ring.room and not self.queued and not self.controller.bells.mmio)
+    @rule(data=st.data(), how=st.sampled_from(["post", "one", "put", "fill"]))
+    def submit_to_the_deaf(self, data: Any, how: str) -> None:
+        """What the controller was not told of was never there."""
+        ring, bells = self.ring, self.controller.bells
+        count = data.draw(st.integers(1, ring.room))
+        bells.deaf = True
+        with pytest.raises(VfioError):
+            if how == "one":
+                ring.post_one(ENTRY, 99, 99, lambda: NOW)
+            elif how == "post":
+                ring.post(ENTRY, words(count, 99), words(count), NOW)
+            elif how == "put":
+                ring.put(ENTRY.entry, NOW)
+                ring.ring()
+            else:
+                ring.fill(ENTRY, words(count, 99), words(count), NOW)
+                ring.ring()
+        bells.deaf = False
+
+    @precondition(lambda self: not self.controller.bells.mmio)
+    @rule(most=st.integers(1, 4))
+    def reap_from_the_deaf(self, most: int) -> None:
+        """What was taken is not lost where the controller cannot be told, and it is told at the next look."""
+        self.controller.bells.deaf = True
+        self.reap(most, False)
+        self.reap_one()
+        self.controller.bells.deaf = False
+        self.ring.reap(0)
 
     @rule()
     def tell(self) -> None:
