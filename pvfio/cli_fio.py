@@ -167,7 +167,7 @@ def queue_maker(nvme: NvmeDriver, layout: Layout) -> Any:
             )
         container = nvme.device.container
         buffer = await container.alloc(stride * job.iodepth, align=_BLOCK)
-        queue = NvmeQueue(nvme.queues[number], nsid, namespace.block_size, buffer, stride)
+        queue = NvmeQueue(nvme.queues[number], nsid, namespace.block_size, buffer, stride, sync=job.sync)
         try:
             yield queue, place
         finally:

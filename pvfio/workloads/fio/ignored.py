@@ -1,4 +1,4 @@
-"""The options fio has that make no difference to a device behind a userspace driver."""
+"""The options of fio that change nothing here: most mean nothing to a userspace driver, others are not done."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ IGNORED: Final = {
     "filesize": "files are ranges of the namespace; size= decides",
     "file_append": "files are ranges of the namespace",
     "file_service_type": "the files of a job are one range",
+    "nrfiles": "the files of a job are one range",
     "openfiles": "the files of a job are one range",
     "unlink": "files are ranges of the namespace",
     "fill_device": "size= decides",
     "invalidate": "there is no page cache on the way",
     "fadvise_hint": "there is no page cache on the way",
-    "sync": "fsync= and end_fsync= flush",
     "mem": "buffers are DMA memory",
     "iomem": "buffers are DMA memory",
     "iomem_align": "buffers are whole pages",
@@ -61,7 +61,7 @@ IGNORED: Final = {
     "verify_state_load": "no state is kept",
     "verify_backlog": "everything is verified at the end",
     "verify_backlog_batch": "everything is verified at the end",
-    "experimental_verify": "",
+    "experimental_verify": "what was written is remembered",
     "trim_verify_zero": "what is trimmed is not verified",
     "scramble_buffers": "refill_buffers= makes every buffer new",
     "dedupe_percentage": "contents make no difference to the device",
@@ -70,20 +70,19 @@ IGNORED: Final = {
     "hipri": "--completion=polled polls",
     "softrandommap": "there is memory for the random map",
     "random_generator": "numpy's generator is used",
-    "rate_ignore_thinktime": "",
+    "rate_ignore_thinktime": "rates make up for the time that was thought",
     "thinktime_spin": "thinking is sleeping",
-    "thinktime_iotime": "",
+    "thinktime_iotime": "thinktime_blocks= decides",
     "thinktime_blocks_type": "blocks are issued ones",
-    "unit_base": "",
-    "bs_is_seq_rand": "",
-    "rwmixcycle": "",
-    "significant_figures": "",
-    "error_dump": "",
-    "max_open_zones": "",
-    "per_job_logs": "",
+    "unit_base": "rates are of bytes",
+    "bs_is_seq_rand": "block sizes are of reads, writes and trims",
+    "rwmixcycle": "fio does not use it any more",
+    "significant_figures": "numbers have four",
+    "error_dump": "every command that fails is a line",
+    "max_open_zones": "there are no zones",
+    "per_job_logs": "every job has its own",
     "log_max_value": "averages are logged",
-    "log_unix_epoch": "",
-    "exitall_on_error": "",
-    "idle_prof": "",
+    "log_unix_epoch": "logs begin with the job",
+    "idle_prof": "processors that idle are not looked at",
 }
-"""Options fio has that make no difference here, and why where that is not plain."""
+"""Options, and why they change nothing."""

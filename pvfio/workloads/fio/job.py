@@ -70,7 +70,6 @@ class Job:
     mode: Mode = field(default_factory=Mode)
     ioengine: str = "psync"
     filename: str = ""
-    nrfiles: int = 1
     size: int = 0
     size_percent: float | None = None
     io_size: int = 0
@@ -96,6 +95,7 @@ class Job:
     new_group: bool = False
     group_reporting: bool = False
     exitall: bool = False
+    exitall_on_error: bool = False
     rwmixread: float = 50
     rw_sequencer: str = "sequential"
     randseed: int = 0
@@ -132,6 +132,7 @@ class Job:
     zero_buffers: bool = False
     refill_buffers: bool = False
     buffer_pattern: Pattern | None = None
+    sync: bool = False
     fsync: int = 0
     fdatasync: int = 0
     end_fsync: bool = False

@@ -1,8 +1,8 @@
 """fio's options by name.
 
-``build`` makes a ``Job`` of a section. An option that fio has and that makes no difference to a device behind a
-userspace driver is taken with a note (ignored.py), one of no known name with a warning, and a value that cannot be is a
-``JobFileError``. Not modelled: profiles, client and server, ``zonemode``, ``read_iolog``.
+``build`` makes a ``Job`` of a section. An option that changes nothing here is taken with a note (ignored.py), one of no
+known name with a warning, and a value that cannot be is a ``JobFileError``. Not modelled: profiles, client and server,
+``zonemode``, ``read_iolog``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from pvfio.workloads.fio.setters import (
     set_rw,
     set_rwmixwrite,
     set_steady,
+    set_sync,
     set_unified,
     set_verify,
     three,
@@ -55,7 +56,6 @@ OPTIONS: Final[dict[str, Setter]] = {
     "rw": set_rw,
     "ioengine": set_ioengine,
     "filename": plain("filename", str),
-    "nrfiles": whole_number("nrfiles", 1, 1 << 16),
     "size": percent_or_size("size"),
     "io_size": a_size("io_size"),
     "offset": percent_or_size("offset"),
@@ -80,6 +80,7 @@ OPTIONS: Final[dict[str, Setter]] = {
     "new_group": a_flag("new_group"),
     "group_reporting": set_group,
     "exitall": a_flag("exitall"),
+    "exitall_on_error": a_flag("exitall_on_error"),
     "rwmixread": plain("rwmixread", lambda text: float(values.parse_int(text.removesuffix("%")))),
     "rwmixwrite": set_rwmixwrite,
     "rw_sequencer": a_word("rw_sequencer", "sequential", "identical"),
@@ -118,6 +119,7 @@ OPTIONS: Final[dict[str, Setter]] = {
     "zero_buffers": a_flag("zero_buffers"),
     "refill_buffers": a_flag("refill_buffers"),
     "buffer_pattern": set_pattern("buffer_pattern"),
+    "sync": set_sync,
     "fsync": whole_number("fsync"),
     "fdatasync": whole_number("fdatasync"),
     "end_fsync": a_flag("end_fsync"),
@@ -175,8 +177,7 @@ def _apply(draft: Draft, key: str, text: str) -> None:
                 f"{draft.section.where} [{draft.section.name}]", f"{key}={text}: {error}"
             ) from None
     elif name in IGNORED:
-        why = IGNORED[name]
-        draft.notes.add(f"{key}={text} makes no difference here" + (f": {why}" if why else ""))
+        draft.notes.add(f"{key}={text} makes no difference here: {IGNORED[name]}")
     else:
         near = difflib.get_close_matches(key, [*OPTIONS, *ALIASES, *IGNORED], 1)
         hint = f" (did you mean {near[0]}?)" if near else ""

@@ -101,7 +101,8 @@ class NullQueue:
 class NvmeQueue:
     """One queue pair and one buffer (mapped, at least ``depth * stride`` bytes) on one namespace.
 
-    ``timeout``: seconds a command may take. Raises what the driver raises.
+    ``sync``: writes are durable when they complete (Force Unit Access). ``timeout``: seconds a command may take. Raises
+    what the driver raises.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class NvmeQueue:
         buffer: DmaBuffer,
         stride: int,
         *,
+        sync: bool = False,
         timeout: float = 30.0,
     ) -> None:
         self.buffer = np.asarray(buffer)
@@ -121,6 +123,7 @@ class NvmeQueue:
         self._pair = pair
         self._nsid = nsid
         self._timeout = timeout
+        self._control = {READ: 0, WRITE: lib.NVME_RW_FUA if sync else 0, TRIM: lib.NVME_RW_DEAC}
         self._shift = np.uint64(block_size.bit_length() - 1)
         self._iovas: NDArray[np.uint64] = np.uint64(buffer.iova or 0) + np.arange(
             len(self.buffer) // stride, dtype=np.uint64
@@ -146,7 +149,7 @@ class NvmeQueue:
         slots: NDArray[np.intp],
     ) -> None:
         blocks: Any = int(lengths[0]) >> int(self._shift)
-        control = lib.NVME_RW_DEAC if direction == TRIM else 0
+        control = self._control[direction]
         if len(lengths) == 1:
             lba, iova = int(offsets[0]) >> int(self._shift), int(self._iovas[slots[0]])
             cid = self._pair.submit_one_nowait(

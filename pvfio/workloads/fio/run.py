@@ -124,7 +124,7 @@ class Run:
                 engine.finish()
                 self.engines.remove(engine)
                 self.finished.append(Finished(clone, stats, engine.recorder))
-        if clone.job.exitall:
+        if clone.job.exitall or (clone.job.exitall_on_error and stats.error):
             self.stop(clone.group)
 
     def stop(self, group: int | None = None) -> None:

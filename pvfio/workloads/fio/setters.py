@@ -42,6 +42,7 @@ __all__ = [
     "set_rw",
     "set_rwmixwrite",
     "set_steady",
+    "set_sync",
     "set_unified",
     "set_verify",
     "three",
@@ -293,6 +294,13 @@ def set_steady(draft: Draft, text: str) -> None:
     else:
         number = values.parse_size(limit, kb_base=draft.kb_base) if kind == "bw" else values.evaluate(limit)
     draft.fields["steady"] = Criterion(kind, kind != name, share is not None, number)
+
+
+def set_sync(draft: Draft, text: str) -> None:
+    """``sync=``: whether every write is durable when it completes. Data and metadata are one to a drive."""
+    if text not in ("none", "0", "sync", "1", "dsync"):
+        raise ValueError(f"one of none, 0, sync, 1, dsync, not {text!r}")
+    draft.fields["sync"] = text not in ("none", "0")
 
 
 def set_pattern(name: str) -> Setter:

@@ -346,6 +346,15 @@ async def test_a_restless_job_goes_on() -> None:
     assert item.stats.runtime >= 0.7 * SECOND
 
 
+async def test_exitall_on_error_ends_the_group() -> None:
+    long = "rw=randread\nsize=1m\ntime_based\nruntime=30\n"
+    for limit, ended in (("max_latency=1ns\n", True), ("", False)):
+        runtime = "" if ended else "runtime=500ms\n"
+        items = await run_null(f"[short]\nexitall_on_error\nrw=read\nsize=1m\n{limit}[a]\n{long}{runtime}")
+        assert [bool(item.stats.error) for item in items] == [ended, False]
+        assert (items[1].stats.runtime < 20 * SECOND) if ended else (items[1].stats.runtime >= SECOND // 2)
+
+
 async def test_exitall_ends_the_group() -> None:
     """Those of it that wait for their delay are not begun; another group goes on."""
     long = "rw=randread\nsize=1m\ntime_based\nruntime=30\n"

@@ -134,6 +134,20 @@ async def test_an_old_block_is_not_taken_for_the_last_one() -> None:
         assert other.stats.error == 0  # numbers are not known to a run that did not write
 
 
+async def test_sync_writes_are_forced_to_the_medium() -> None:
+    """A fault of writes with Force Unit Access meets all of them, and no other write; reads are not concerned."""
+    async with rig() as it:
+        forced = {"cdw12": (lib.NVME_RW_FUA, lib.NVME_RW_FUA)}
+        it.function.inject("status", match=forced, times=None, status=lib.NVME_SC_WRITE_FAULT)
+        for line, failed in (("sync=1", 16), ("sync=dsync", 16), ("sync=0", 0), ("", 0)):
+            (item,) = await it.run(
+                f"[w]\nrw=write\nbs=4k\nsize=64k\niodepth=4\ncontinue_on_error=io\n{line}\n"
+            )
+            assert (item.stats.failed, item.stats.directions[1].ios) == (failed, 16 - failed)
+        (item,) = await it.run("[r]\nrw=read\nbs=4k\nsize=64k\nsync=1\n")
+        assert (item.stats.failed, item.stats.directions[0].ios) == (0, 16)
+
+
 async def test_a_command_that_fails_is_named() -> None:
     async with rig() as it:
         status = lib.NVME_SC_WRITE_FAULT
