@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 if TYPE_CHECKING:
     from pvfio.workloads.fio.engine import Engine
+    from pvfio.workloads.fio.job import Mode
     from pvfio.workloads.fio.run import Run
 
 __all__ = ["status_line", "status_text"]
@@ -32,14 +34,19 @@ def _share(engine: Engine) -> float:
     return max(by_time, min(1.0, done / total if total else 0.0))
 
 
+def _letter(mode: Mode) -> str:
+    """fio's for what a job does: a capital where it goes through the file in order."""
+    letter = "m" if mode.mixed else "r" if mode.reads else "w" if mode.writes else "d"
+    return letter if mode.random else letter.upper()
+
+
 def status_text(work: Run, rates: dict[str, tuple[float, float]]) -> str:
     """``Jobs: 1 (f=1): [r(1)][42.0%][r=812MiB/s][r=208k IOPS][eta 00m:07s]``; rates by letter: bytes, I/Os a second."""
     from pvfio.workloads.fio.units import number_text, rate_text
 
     engines = work.engines
-    letters = "".join(
-        ("r" if e.job.mode.random else "R") if e.job.mode.name.endswith("read") else "w" for e in engines
-    )
+    runs = [(letter, len(list(alike))) for letter, alike in groupby(_letter(e.job.mode) for e in engines)]
+    letters = ",".join(f"{letter}({count})" for letter, count in runs)
     share = min((_share(engine) for engine in engines), default=1.0)
     elapsed = time.time() - work.began
     left = int(elapsed * (1 - share) / share) if share > 0.01 else 0

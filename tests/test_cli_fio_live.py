@@ -17,7 +17,13 @@ from typing import IO, Any
 import pytest
 
 from pvfio import cli
-from pvfio.workloads.fio import bench
+from pvfio.cli_fio_status import status_text
+from pvfio.workloads.fio import Notes, bench, build, parse_job_text
+from pvfio.workloads.fio.engine import Engine
+from pvfio.workloads.fio.outcome import Place
+from pvfio.workloads.fio.queue import NullQueue
+from pvfio.workloads.fio.run import Run
+from pvfio.workloads.fio.stats import JobStats
 
 pytestmark = pytest.mark.touches_c
 
@@ -72,11 +78,26 @@ def test_the_status_line(job: Path) -> None:
         assert process.wait(SECONDS) == 128
     shown = [line for line in said.decode().split("\r") if line.startswith("Jobs:")]
     assert shown
-    pattern = (
-        r"Jobs: 1 \(f=1\): \[r\]\[[\d.]+%\]\[r=[\d.]+[KMG]iB/s\]\[r=[\d.]+[kM]? IOPS\]\[eta \d\dm:\d\ds\]"
-    )
+    pattern = r"Jobs: 1 \(f=1\): \[r\(1\)\]\[[\d.]+%\]\[r=[\d.]+[KMG]iB/s\]\[r=[\d.]+[kM]? IOPS\]\[eta \d\dm:\d\ds\]"
     assert all(re.match(pattern, line) for line in shown)
     assert said.decode().rsplit("\r", 2)[1].strip() == ""
+
+
+LETTERS = {"read": "R", "randread": "r", "write": "W", "randwrite": "w", "rw": "M", "randrw": "m"}
+LETTERS |= {"trim": "D", "randtrim": "d", "randtrimwrite": "w"}
+
+
+def test_the_letters_of_the_status_line() -> None:
+    def engines(*names: str) -> list[Any]:
+        text = "".join(f"[j]\nrw={name}\nsize=1m\n" for name in names)
+        jobs = [build(section, Notes()) for section in parse_job_text(text, {})]
+        queue, place = NullQueue(1, 4096), Place("f", 0, 1 << 20)
+        return [Engine(job, queue, place, JobStats(), seed=1) for job in jobs]
+
+    for name, letter in LETTERS.items():
+        assert f": [{letter}(1)][" in status_text(Run((), None, engines=engines(name)), {})  # type: ignore[arg-type]
+    work = Run((), None, engines=engines("read", "read", "randrw", "read"))  # type: ignore[arg-type]
+    assert status_text(work, {}).startswith("Jobs: 4 (f=4): [R(2),m(1),R(1)][0.0%]")
 
 
 def test_no_status_line_where_there_is_no_terminal(job: Path) -> None:
