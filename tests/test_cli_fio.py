@@ -105,6 +105,26 @@ def test_an_image_gets_what_is_written(tmp_path: Path, capfd: Any) -> None:
     assert not data[512 << 10 :].any()
 
 
+REFILLED: list[tuple[str, int, set[int]]] = [
+    ("", 1, set(range(256))),
+    ("refill_buffers", 64, set(range(256))),
+    ("zero_buffers\nrefill_buffers", 1, {0}),
+    ("buffer_pattern=0xa5\nrefill_buffers", 1, {0xA5}),
+]
+
+
+@pytest.mark.parametrize(("lines", "different", "values"), REFILLED)
+def test_refilled_buffers(lines: str, different: int, values: set[int], tmp_path: Path, capfd: Any) -> None:
+    """New data for every write, but where there is a pattern, or nothing."""
+    image = tmp_path / "image"
+    image.write_bytes(b"\x77" * (1 << 20))
+    path = job_file(tmp_path, f"[a]\nrw=randwrite\nbs=4k\nsize=256k\n{lines}\n")
+    document(capfd, path, "--image", str(image))
+    data = np.fromfile(image, dtype=np.uint8, count=64 * 4096).reshape(64, 4096)
+    assert len(np.unique(data, axis=0)) == different
+    assert set(data.flat) == values
+
+
 def test_an_injected_corruption_is_found(tmp_path: Path, capfd: Any) -> None:
     text = "[v]\nrw=randwrite\nbs=4k\nsize=1m\niodepth=8\nverify=crc32c\n"
     status, out, err = run(capfd, job_file(tmp_path, text), "--inject", "corrupt:opcode=1,lba=42")

@@ -319,7 +319,7 @@ class Engine:
             if writes.any():
                 mine = _chosen(ios, writes)
                 self._verifier.stamp(self._starts(slots[writes]), mine, self._written.add(mine))
-        elif self.job.refill_buffers and self.job.mode.writes:
+        elif self.job.refills:
             seed = (self._seed, int(self.stats.submits.sum()))
             refill(self.queue.buffer, self._starts(slots), ios.length, seed)
 

@@ -173,6 +173,13 @@ class Job:
         return tuple(direction for direction in (READ, WRITE, TRIM) if wanted[direction])
 
     @property
+    def refills(self) -> bool:
+        """Whether each write has new data: there is nothing new in zeroes or in a pattern."""
+        return (
+            self.refill_buffers and self.mode.writes and not self.zero_buffers and self.buffer_pattern is None
+        )
+
+    @property
     def hole(self) -> int:
         """Bytes left out after each block of sequential I/O."""
         return 0 if self.mode.random else self.mode.modifier
