@@ -8,6 +8,7 @@ ended the jobs. Not here: fio's ``--client``, ``--server``, ``--latency-log``, `
 from __future__ import annotations
 
 import json
+import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -209,7 +210,7 @@ async def _main(options: FioOptions) -> int:
 
     notes = Notes()
     jobs = read_jobs(options, notes)
-    found = clones(jobs, entropy=trio.lowlevel.current_clock().current_time().__hash__())
+    found = clones(jobs, entropy=secrets.randbits(63))
     queues, entries = _check(options, jobs, found, notes)
     if options.plot is not None:
         from pvfio.cli_fio_plot import check

@@ -204,10 +204,8 @@ class Zoned:
         return found
 
 
-def make_blocks(
-    distribution: Distribution, count: int, block: int, rng: np.random.Generator, *, every_one: bool
-) -> Blocks:
-    """The source for ``count`` blocks of ``block`` bytes; ``every_one``: uniform ones come once before any again."""
+def make_blocks(distribution: Distribution, count: int, block: int, rng: np.random.Generator) -> Blocks:
+    """The source for ``count`` blocks of ``block`` bytes, each of which may come again at any time."""
     kind = distribution.kind
     if count < 2:
         return Uniform(max(count, 1), rng)
@@ -222,4 +220,4 @@ def make_blocks(
         return Zoned(
             count, rng, tuple((share, max(1, round(size * whole))) for share, size in distribution.zones)
         )
-    return Shuffle(count, rng) if every_one else Uniform(count, rng)
+    return Uniform(count, rng)

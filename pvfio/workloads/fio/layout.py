@@ -76,21 +76,24 @@ def _is_device(name: str) -> bool:
     return name.startswith("/dev/")
 
 
+def _sizes(found: Sequence[Clone]) -> dict[str, int]:
+    """Bytes each file needs."""
+    sizes: dict[str, int] = {}
+    for clone in found:
+        sizes[clone.file] = max(sizes.get(clone.file, 0), _extent(clone))
+    return sizes
+
+
 def space_needed(found: Sequence[Clone]) -> int:
     """Bytes a namespace needs for all files to have ranges of their own, where jobs name sizes."""
-    sizes: dict[str, int] = {}
-    devices = 0
-    for clone in found:
-        if _is_device(clone.file):
-            devices = max(devices, _extent(clone))
-        else:
-            sizes[clone.file] = max(sizes.get(clone.file, 0), _extent(clone))
-    return max(devices, sum(sizes.values()))
+    sizes = _sizes(found)
+    devices = max((size for name, size in sizes.items() if _is_device(name)), default=0)
+    return max(devices, sum(size for name, size in sizes.items() if not _is_device(name)))
 
 
 @dataclass
 class Layout:
-    """Ranges of namespaces whose sizes are ``capacities`` by number; of ``unit`` bytes each block."""
+    """Ranges of namespaces whose sizes are ``capacities`` by number."""
 
     capacities: dict[int, int]
     notes: Notes
@@ -99,10 +102,7 @@ class Layout:
 
     def plan(self, found: Sequence[Clone]) -> None:
         """Gives every file its range. ``ValueError`` where there is not room enough."""
-        sizes: dict[str, int] = {}
-        for clone in found:
-            if not _is_device(clone.file):
-                sizes[clone.file] = max(sizes.get(clone.file, 0), _extent(clone))
+        sizes = {name: size for name, size in _sizes(found).items() if not _is_device(name)}
         whole = self.capacities[min(self.capacities)]
         apart = sum(sizes.values()) <= whole
         verified = any(clone.job.verify for clone in found)

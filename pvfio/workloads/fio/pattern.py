@@ -33,9 +33,9 @@ class Pattern:
     data: bytes
     offsets: tuple[int, ...] = ()
 
-    def fill(self, lengths: int, offsets: NDArray[np.uint64], start: int = 0) -> NDArray[np.uint8]:
-        """Blocks of ``lengths`` bytes, shape (n, lengths), of a pattern that begins ``start`` bytes before them."""
-        count = -(-(start + lengths) // len(self.data))
+    def fill(self, length: int, offsets: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        """Blocks of ``length`` bytes at ``offsets``, shape (n, length)."""
+        count = -(-length // len(self.data))
         one = np.frombuffer(self.data * count, dtype=np.uint8)
         blocks = np.tile(one, (len(offsets), 1))
         values = offsets.astype("<u8").view(np.uint8).reshape(-1, 8)
@@ -43,7 +43,7 @@ class Pattern:
             for begin in range(at, blocks.shape[1], len(self.data)):
                 size = min(8, blocks.shape[1] - begin)
                 blocks[:, begin : begin + size] = values[:, :size]
-        return blocks[:, start : start + lengths]
+        return blocks[:, :length]
 
 
 def _number(text: str) -> bytes:

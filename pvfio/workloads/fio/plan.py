@@ -239,7 +239,7 @@ class Plan:
         if source is None:
             blocks = max(1, (self.size - self.job.most_block(direction)) // align + 1)
             distribution = self.job.distributions[direction]
-            source = make_blocks(distribution, blocks, align, self._rng, every_one=False)
+            source = make_blocks(distribution, blocks, align, self._rng)
             self._sources[direction] = source
         return source.draw(count) * np.uint64(align)
 

@@ -20,9 +20,7 @@ __all__ = [
     "evaluate",
     "parse_bool",
     "parse_bssplit",
-    "parse_float",
     "parse_int",
-    "parse_list",
     "parse_percent",
     "parse_range",
     "parse_size",
@@ -148,11 +146,6 @@ def parse_int(text: str) -> int:
     return -parse_size(word[1:]) if word.startswith("-") else parse_size(word)
 
 
-def parse_float(text: str) -> float:
-    """A number with or without a fraction."""
-    return evaluate(text)
-
-
 def parse_range(text: str, *, kb_base: int = 1024) -> tuple[int, int]:
     """``4k-64k``, or one size for both. ``ValueError`` where the end is before the beginning."""
     low, dash, high = text.partition("-")
@@ -161,11 +154,6 @@ def parse_range(text: str, *, kb_base: int = 1024) -> tuple[int, int]:
     if last < first:
         raise ValueError(f"{text!r} ends before it begins")
     return first, last
-
-
-def parse_list(text: str) -> tuple[float, ...]:
-    """Numbers with colons between them. ``ValueError`` for none."""
-    return tuple(evaluate(word) for word in text.split(":"))
 
 
 def parse_bssplit(text: str, *, kb_base: int = 1024) -> tuple[tuple[int, float], ...]:
