@@ -18,7 +18,7 @@ from pvfio.abi import lib
 from pvfio.drivers.nvme.prp import PAGE, PrpLists
 from pvfio.drivers.nvme.queue import COMPLETIONS, CommandQueue, Completion
 from pvfio.drivers.nvme.ring import NOTHING, Completions, Template
-from pvfio.errors import DeadlineExceeded
+from pvfio.errors import DeadlineExceeded, DeviceFailed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -227,7 +227,8 @@ class VectorQueue(CommandQueue):
 
         Blocks the thread for up to ``wait_ns`` while there are fewer than ``least`` to be had at once; may return
         fewer than there are. Looks neither at deadlines nor at whether the controller is still there: ``reap`` does.
-        ``DeviceFailed`` for a controller that completes what is not in flight.
+        ``DeviceFailed`` for a controller that completes what is not in flight: what is belongs to it until ``reap``
+        says that it was taken back, or the driver is left.
         """
         if self._ready:
             return self._taken(most)
@@ -258,10 +259,13 @@ class VectorQueue(CommandQueue):
         up or gone, and everything was returned. Cancelled: nothing is lost.
         """
         seconds = self._controller.deadline if deadline is None else deadline
-        if not self._ready and not self._look():
-            await self._wait_for_some(seconds)
-        else:
-            await trio.lowlevel.checkpoint()
+        try:
+            if not self._ready and not self._look():
+                await self._wait_for_some(seconds)
+            else:
+                await trio.lowlevel.checkpoint()
+        except DeviceFailed:  # it completes nonsense: what is in flight is taken back
+            await self._make_safe(lambda: not self.outstanding, list, grace=0)
         if self._ready:
             return self._taken(most)
         self._check()

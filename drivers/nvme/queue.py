@@ -356,8 +356,10 @@ class CommandQueue:
         """
         with trio.CancelScope(shield=True):
             seconds = self._controller.grace if grace is None else grace
-            if not await self._until_polled(done, seconds):
-                await self._controller.take_back(self, done, cids)
+            with suppress(DeviceFailed):  # a controller that completes nonsense is given up
+                if await self._until_polled(done, seconds):
+                    return
+            await self._controller.take_back(self, done, cids)
 
     def _sweep(self, reason: str) -> None:
         """The controller was reset: what it has not completed by now, it never will."""

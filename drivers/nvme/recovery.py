@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -68,7 +69,6 @@ class Controller:
         self.admin: AdminQueue
         self.capabilities: Capabilities
         self.controller: IdentifyController
-        self.removed = False
         self._completions = tuple(completions)
         self._entries = entries
         self._sgl = sgl
@@ -77,6 +77,7 @@ class Controller:
         self._buffers: list[DmaBuffer] = []
         self.pages = Pages(device.container)
         self._taking_back = trio.Lock()
+        self._lost: str | None = None  # why no reset can help
         self._failed: str | None = None  # why the device was given up
         self._quarantine: list[Any] = []
 
@@ -251,11 +252,10 @@ class Controller:
     async def _reset_all(self, reason: str) -> None:
         for queue in self._everything:
             queue._pause()
-        if not self.removed and await self._first_that_works(
-            lambda: self._revive(reason), lambda: self._revive_function(reason)
-        ):
+        steps = (lambda: self._revive(reason)), (lambda: self._revive_function(reason))
+        if self._lost is None and await self._first_that_works(*steps) and self._lost is None:
             return
-        await self._give_up("removed" if self.removed else "it cannot be reset")
+        await self._give_up(self._lost or "it cannot be reset")
         self.check()
 
     async def _revive(self, reason: str) -> None:
@@ -280,10 +280,12 @@ class Controller:
         self._sweep(self._failed)
 
     def condemn(self, reason: str) -> None:
-        """The controller did what no controller does. Nothing is submitted any more."""
+        """The controller did what no controller does. Nothing is submitted any more, and whoever waits, or comes next,
+        gives it up.
+        """
+        self._lost = reason
         for queue in self._everything:
             queue._close(reason)
-        self._failed = reason
 
     async def take_back(
         self, queue: CommandQueue, done: Callable[[], bool], cids: Callable[[], list[int]]
@@ -293,10 +295,8 @@ class Controller:
             if not queue.admin and not done():
                 await self._works(lambda: self._abort(queue, done, cids))
             if not done() and self._failed is None:
-                try:
+                with suppress(DeviceFailed):  # then it was given up
                     await self._reset_all("the driver, which reset the controller")
-                except DeviceFailed:
-                    return
 
     async def _abort(
         self, queue: CommandQueue, done: Callable[[], bool], cids: Callable[[], list[int]]
@@ -306,22 +306,22 @@ class Controller:
         await queue._until_polled(done, self.admin_deadline)
 
     async def look_after(self) -> None:
-        """Whether the controller is still there and well; a removed one fails everything, a failed one is reset."""
-        if self._failed is not None or self._taking_back.locked():
-            return
-        try:
-            status = await self._registers.status()
-        except DeviceFailed:
-            self.removed = True
-            status = 0
-        except VfioError:  # memory decoding is off: somebody resets the function
-            return
-        if not self.removed and not status & lib.NVME_CSTS_CFS:
+        """Whether the controller is still there and well; a lost one fails everything, a failed one is reset."""
+        if self._failed is not None or self._taking_back.locked() or await self._well():
             return
         with trio.CancelScope(shield=True):
             async with self._taking_back:
                 if self._failed is None:
-                    try:
+                    with suppress(DeviceFailed):  # every queue says so
                         await self._reset_all("a reset after a fatal status")
-                    except DeviceFailed:
-                        return  # every queue says so
+
+    async def _well(self) -> bool:
+        if self._lost is not None:
+            return False
+        try:
+            return not await self._registers.status() & lib.NVME_CSTS_CFS
+        except DeviceFailed:
+            self._lost = "removed"
+            return False
+        except VfioError:  # memory decoding is off: somebody resets the function
+            return True

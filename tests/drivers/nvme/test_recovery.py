@@ -237,16 +237,66 @@ async def test_no_reset_then_the_device_is_closed(rig: Any, autojump_clock: Any)
                 await nvme.read(1, 0, buffer)
 
 
+def lie(queue: Any) -> None:
+    """The controller completes what is not in flight."""
+    ring = queue._ring
+    first = 8 * ring._state.head
+    ring._cq.view(np.uint16)[first + 6 : first + 8] = 200, ring._state.phase  # identifier and phase
+
+
+def check_given_up(r: Any, buffer: Any) -> None:
+    """What was in flight touches nothing any more."""
+    buffer[:] = 4
+    r.engine.stop_before(-1)
+    r.engine.resume()
+    assert np.all(buffer == 4)
+    with pytest.raises(DmaCancelled):
+        r.machine.devices["nvme0"].requester.read(buffer.iova, 4)
+
+
 async def test_a_completion_of_nothing_condemns_the_controller(running: Any, autojump_clock: Any) -> None:
     async with running(completion="polled") as r:
         buffer = await r.container.alloc(BLOCK)
         r.engine.stop_before(0)
-        r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas(1), 1, addresses(buffer, 1))
-        r.queue._ring._cq.view(np.uint16)[6:8] = 200, 1  # identifier and phase of the first completion
+        cids = r.queue.submit_nowait(lib.NVME_CMD_READ, 1, lbas(1), 1, addresses(buffer, 1))
+        lie(r.queue)
         with pytest.raises(DeviceFailed, match="not in flight"):
             r.queue.reap_nowait()
         with pytest.raises(DeviceFailed, match="not in flight"):
             await r.nvme.read(1, 0, buffer)
+        done = await r.queue.reap()
+        assert (done.cids.tolist(), done.status.tolist()) == (cids.tolist(), [HOST_ABORTED])
+        check_given_up(r, buffer)
+        for operation in (r.queue.reap, r.nvme.reset, r.nvme.smart_log):
+            with pytest.raises(DeviceFailed, match="not in flight"):
+                await operation()
+
+
+@pytest.mark.parametrize("completion", ["polled", "interrupt", "hybrid"])
+async def test_a_completion_of_nothing_while_others_wait(
+    running: Any, autojump_clock: Any, completion: str
+) -> None:
+    """All of them fail at once, and only when the controller touches nothing any more."""
+    async with running(queues=2, completion=completion) as r:
+        buffer = await r.container.alloc(BLOCK)
+        r.engine.stop_before(0)
+        failed = []
+
+        async def wait(queue: Any) -> None:
+            with pytest.raises(DeviceFailed, match="not in flight"):
+                await queue.read(1, 0, buffer, deadline=60)
+            failed.append(queue.id)
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for queue in (r.queue, r.queue, r.nvme.queues[1]):
+                nursery.start_soon(wait, queue)
+            while r.queue.outstanding < 2 or not r.nvme.queues[1].outstanding:
+                await trio.lowlevel.checkpoint()
+            lie(r.queue)
+        assert sorted(failed) == [1, 1, 2]
+        assert trio.current_time() - began < 1
+        check_given_up(r, buffer)
 
 
 async def test_admin_commands_time_out_too(running: Any, autojump_clock: Any) -> None:
