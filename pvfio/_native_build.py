@@ -27,6 +27,7 @@ ROOM_HEADERS = (
     "memory/mapped.h",
     "pagetable/pagetable.h",
     "silicon/bus.h",
+    "silicon/crc16_t10.h",
     "silicon/iommu.h",
     "silicon/bench.h",
     "silicon/engine.h",

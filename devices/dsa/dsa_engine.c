@@ -10,8 +10,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "silicon/crc16_t10.h"
-#include "crc32c.h"
 #include "dsa_private.h"
 
 void dsa_lock(struct dsa_lock *lock)
@@ -340,16 +338,4 @@ void pv_dsa_swerr_clear(struct pv_dsa *dsa, uint64_t bits)
     if (!(dsa->swerr.status & IDXD_SWERR_VALID))
         dsa->swerr = (struct dsa_swerr){0};
     dsa_unlock(&dsa->swerr_lock);
-}
-
-uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable)
-{
-    return portable ? dsa_crc32c_portable(crc, data, n) : dsa_crc32c(crc, data, n);
-}
-
-uint16_t pv_dsa_crc16_t10(uint16_t crc, const void *data, uint64_t n, int way)
-{
-    if (way == 2)
-        return pv_crc16_t10_portable(crc, data, n);
-    return way ? pv_crc16_t10_narrow(crc, data, n) : pv_crc16_t10(crc, data, n);
 }

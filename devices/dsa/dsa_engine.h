@@ -121,11 +121,6 @@ struct pv_dsa_injection {
 int pv_dsa_inject(struct pv_dsa *dsa, const struct pv_dsa_injection *injection);
 /* Forgets injections that have not happened. */
 void pv_dsa_inject_clear(struct pv_dsa *dsa);
-
-/* CRC-32C as the CRC32 instruction has it, without inversions; portable: not 0 avoids the instruction. */
-uint32_t pv_dsa_crc32c(uint32_t crc, const void *data, uint64_t n, int portable);
-/* CRC-16/T10-DIF; way 0: the fastest there is, 1: without 512-bit instructions, 2: with tables alone. */
-uint16_t pv_dsa_crc16_t10(uint16_t crc, const void *data, uint64_t n, int way);
 /* cffi: end */
 
 #endif
