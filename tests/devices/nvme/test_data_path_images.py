@@ -204,17 +204,18 @@ def survivors(image: Path, cache: bool, seed: int, *, lie: bool = False) -> bool
     code = WRITER.format(path=sys.path, image=str(image), cache=cache, seed=seed, lie=lie)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
-        words = writer.stdout.read(8 * (5 + 30 * (seed % 4)))
+        wanted = 8 * (5 + 30 * (seed % 4))
+        words = writer.stdout.read(wanted)
         writer.send_signal(signal.SIGKILL)
+        assert len(words) == wanted, "the writer ended by itself"
         words += writer.stdout.read()
-    assert words, "the writer did not begin"
     durable = int.from_bytes(words[len(words) // 8 * 8 - 8 :][:8])
     content = np.fromfile(image, np.uint64).reshape(BLOCKS, -1)
-    wanted = np.zeros(BLOCKS, np.uint64)
+    kept = np.zeros(BLOCKS, np.uint64)
     for number in range(max(1, durable - BLOCKS + 1), durable + 1):
-        wanted[number % BLOCKS] = number
+        kept[number % BLOCKS] = number
     whole = bool((content == content[:, :1]).all())
-    return whole and bool((content[:, 0] >= wanted).all())
+    return whole and bool((content[:, 0] >= kept).all())
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["page cache", "write cache"])
