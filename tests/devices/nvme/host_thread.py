@@ -4,56 +4,24 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import trio
 
 from pvfio.abi import lib
-from pvfio.devices.nvme import NamespaceSpec, NvmeConfig, NvmeDevice
-from pvfio.host.config import IommuConfig
-from pvfio.machine import DeviceSpec, Machine, MachineConfig
-from pvfio.vfio import Device
-from tests.devices.nvme.rig import SIZE, Rig
+from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
+from pvfio.silicon import EngineKind
+from tests.devices.nvme.rig import Platform, Rig, on_machine
 
 Result = TypeVar("Result")
-
-
-@asynccontextmanager
-async def controller(
-    config: NvmeConfig, namespaces: Sequence[NamespaceSpec], platform: Any, engine: Any
-) -> AsyncIterator[tuple[Rig, Device]]:
-    """A controller that nobody has touched, and its open device."""
-    devices = (DeviceSpec(kind="nvme", options={"config": config, "namespaces": namespaces}),)
-    machine_config = MachineConfig(
-        iommu=IommuConfig(platform=platform), engine=engine, ram=64 << 20, devices=devices
-    )
-    async with Machine(machine_config) as machine, machine.open("nvme0") as device:
-        function = machine.devices["nvme0"].function
-        assert isinstance(function, NvmeDevice)
-        buffer = await device.container.alloc(SIZE)
-        region, config_space = device.region(0), device.config
-        assert buffer.iova is not None
-        yield (
-            Rig(
-                function,
-                np.asarray(buffer),
-                buffer.iova,
-                region.read_nowait,
-                lambda offset, size, value: region.write_nowait(offset, value, size),
-                lambda offset, size, value: config_space.write_nowait(offset, value, size),
-            ),
-            device,
-        )
 
 
 class HostThread:
     """A thread in which trio runs a machine; ``call`` runs a coroutine function there and returns what it returns."""
 
     def __init__(
-        self, config: NvmeConfig, namespaces: Sequence[NamespaceSpec], platform: str, engine: str
+        self, config: NvmeConfig, namespaces: Sequence[NamespaceSpec], platform: Platform, engine: EngineKind
     ) -> None:
         self._arguments = (config, namespaces, platform, engine)
         self._started: queue.Queue[BaseException | None] = queue.Queue()
@@ -71,7 +39,7 @@ class HostThread:
             self._started.put(error)
 
     async def _main(self) -> None:
-        async with controller(*self._arguments) as (self.rig, self.device):
+        async with on_machine(*self._arguments) as (self.rig, self.device):
             self._token = trio.lowlevel.current_trio_token()
             self._over = trio.Event()
             self._started.put(None)

@@ -19,10 +19,12 @@ from pvfio.devices.nvme import NamespaceSpec, NvmeConfig, NvmeDevice
 from pvfio.host.config import IommuConfig
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
 from pvfio.silicon import EngineKind, TableBus
+from pvfio.vfio import Device
 from tests.far_memory import FarMemory
 
 Before = Callable[[int, int, bool], int]
-Place = Literal["table", "intel", "amd"]
+Platform = Literal["intel", "amd"]
+Place = Literal["table"] | Platform
 PLACES: tuple[tuple[Place, EngineKind], ...] = (
     ("table", "inline"),
     ("intel", "inline"),
@@ -272,6 +274,34 @@ def _on_table(
 
 
 @asynccontextmanager
+async def on_machine(
+    config: NvmeConfig | None, namespaces: Sequence[NamespaceSpec], platform: Platform, engine: EngineKind
+) -> AsyncIterator[tuple[Rig, Device]]:
+    """A controller that nobody has touched, and its open device."""
+    machine_config = MachineConfig(
+        iommu=IommuConfig(platform=platform),
+        engine=engine,
+        ram=64 << 20,
+        devices=(DeviceSpec(kind="nvme", options={"config": config, "namespaces": namespaces}),),
+    )
+    async with Machine(machine_config) as machine, machine.open("nvme0") as device:
+        function = machine.devices["nvme0"].function
+        assert isinstance(function, NvmeDevice)
+        buffer = await device.container.alloc(SIZE)
+        region, config_space = device.region(0), device.config
+        assert buffer.iova is not None
+        rig = Rig(
+            function,
+            np.asarray(buffer),
+            buffer.iova,
+            region.read_nowait,
+            lambda offset, size, value: region.write_nowait(offset, value, size),
+            lambda offset, size, value: config_space.write_nowait(offset, value, size),
+        )
+        yield rig, device
+
+
+@asynccontextmanager
 async def running(
     config: NvmeConfig | None = None,
     namespaces: Sequence[NamespaceSpec] = _SMALL,
@@ -297,26 +327,7 @@ async def running(
         finally:
             rig.device.close()
         return
-    machine_config = MachineConfig(
-        iommu=IommuConfig(platform=place),
-        engine=engine,
-        ram=64 << 20,
-        devices=(DeviceSpec(kind="nvme", options={"config": config, "namespaces": namespaces}),),
-    )
-    async with Machine(machine_config) as machine, machine.open("nvme0") as opened:
-        function = machine.devices["nvme0"].function
-        assert isinstance(function, NvmeDevice)
-        buffer = await opened.container.alloc(SIZE)
-        region, config_space = opened.region(0), opened.config
-        assert buffer.iova is not None
-        rig = Rig(
-            function,
-            np.asarray(buffer),
-            buffer.iova,
-            region.read_nowait,
-            lambda offset, size, value: region.write_nowait(offset, value, size),
-            lambda offset, size, value: config_space.write_nowait(offset, value, size),
-        )
+    async with on_machine(config, namespaces, place, engine) as (rig, _):
         rig.config_write(lib.PCI_COMMAND, 2, lib.PCI_COMMAND_MEMORY | lib.PCI_COMMAND_MASTER)
         await _start(rig, enable)
         yield rig

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pvfio.abi import dtype_of, lib
 from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
+from pvfio.silicon import EngineKind
 from tests.devices.nvme.controller_model import (
     BLOCKS,
     ENTRIES,
@@ -27,7 +28,7 @@ from tests.devices.nvme.controller_model import (
     QueueFault,
 )
 from tests.devices.nvme.host_thread import HostThread, switch_on
-from tests.devices.nvme.rig import Completion, Rig, Ring
+from tests.devices.nvme.rig import Completion, Platform, Rig, Ring
 
 pytestmark = pytest.mark.touches_c
 
@@ -63,8 +64,8 @@ disabled = needs(lambda model: not model.enabled)
 class ControllerMachine(RuleBasedStateMachine):
     """One controller and its model."""
 
-    platform = "intel"
-    engine = "inline"
+    platform: Platform = "intel"
+    engine: EngineKind = "inline"
 
     @initialize(vanishes=st.booleans(), pairs=PAIRS)
     def start(self, vanishes: bool, pairs: int) -> None:
