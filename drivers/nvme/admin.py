@@ -1,7 +1,7 @@
 """The admin queue: identify, features, log pages, I/O queues, abort; and the requests for asynchronous events.
 
 Data of a command is at most a page; longer log pages and images go page by page. Numbers of the specification are
-arguments here as they are; what has a nicer form is in driver.py.
+arguments here as they are; what has a nicer form is in management.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pvfio.drivers.nvme.queue import Command, CommandQueue
 from pvfio.drivers.nvme.sqe import Sqe
 
 if TYPE_CHECKING:
+    from pvfio.drivers.nvme.recovery import Controller
     from pvfio.drivers.nvme.ring import Completions, Ring
     from pvfio.vfio import Container, DmaBuffer
 
@@ -83,18 +84,14 @@ class AdminQueue(CommandQueue):
     admin = True
     _reserve = 4  # for aborts, while a full queue waits
 
-    def prepare(self, ring: Ring, pages: Pages) -> None:
-        """What it needs besides."""
-        self._ring = ring
-        self.pages = pages
+    def __init__(self, controller: Controller, ring: Ring) -> None:
+        super().__init__(controller, 0, ring, "hybrid")
         self.events: deque[AsyncEvent] = deque()
         self._requests: list[Command] = []
 
     # Queues
 
-    async def create_queues(
-        self, number: int, ring: Ring, vector: int | None, *, deadline: float, priority: int = 0
-    ) -> None:
+    async def create_queues(self, number: int, ring: Ring, vector: int | None, *, deadline: float) -> None:
         """Creates a completion queue and its submission queue (NVMe Base 2.0c 5.4, 5.5). ``vector`` None: without
         interrupts.
         """
@@ -112,9 +109,7 @@ class AdminQueue(CommandQueue):
             lib.NVME_ADMIN_CREATE_SQ,
             prp1=ring.sq_iova,
             cdw10=number | ring.entries - 1 << 16,
-            cdw11=contiguous
-            | priority << int(lib.NVME_SQ_QPRIO_SHIFT)
-            | number << int(lib.NVME_SQ_CQID_SHIFT),
+            cdw11=contiguous | number << int(lib.NVME_SQ_CQID_SHIFT),
         )
         await self._done(completions, f"create completion queue {number}", deadline, privileged=True)
         await self._done(submissions, f"create submission queue {number}", deadline, privileged=True)
@@ -228,7 +223,7 @@ class AdminQueue(CommandQueue):
         self, sqe: Sqe, operation: str, size: int, deadline: float | None = None, *, privileged: bool = False
     ) -> bytes:
         """A command whose data, at most a page, comes from the controller."""
-        async with self.pages.borrow() as page:
+        async with self._controller.pages.borrow() as page:
             sqe.prp1 = page.iova or 0
             await self._done(sqe, operation, deadline, privileged=privileged)
             return bytes(page[:size])
@@ -237,7 +232,7 @@ class AdminQueue(CommandQueue):
         """A command whose data, at most a page, goes to the controller."""
         if len(data) > PAGE:
             raise ValueError(f"{len(data)} bytes of data are more than a page")
-        async with self.pages.borrow() as page:
+        async with self._controller.pages.borrow() as page:
             page[: len(data)] = np.frombuffer(data, dtype=np.uint8)
             sqe.prp1 = page.iova or 0
             return await self._done(sqe, operation, deadline)
@@ -265,7 +260,8 @@ class AdminQueue(CommandQueue):
             self._requests.remove(command)
             if not command.status and command.aborted is None:
                 self.events.append(AsyncEvent.parse(command.result))
-                self._request()
+                if self._closed is None and not self._paused:
+                    self._request()
         return others
 
     async def next_event(self) -> AsyncEvent:

@@ -244,7 +244,7 @@ class CommandQueue:
 
     def _look(self, wait_ns: int = 0) -> bool:
         """Takes everything that is complete; whether there was anything."""
-        if len(self._waiters) == 1 and self._ring.outstanding == 1:
+        if len(self._waiters) == 1 and self._ring.outstanding == 1 and not self.admin:
             return self._look_for_one(wait_ns)
         found = False
         while self.outstanding and (taken := self._collect(wait_ns=wait_ns)) is not None:
@@ -254,7 +254,7 @@ class CommandQueue:
         return found
 
     def _look_for_one(self, wait_ns: int) -> bool:
-        """``_look`` where the only command is one that a task waits for, in numbers."""
+        """``_look`` where the only command is one that a task waits for, in numbers; nothing is handed out."""
         try:
             taken = self._ring.reap_one(wait_ns)
         except DeviceFailed as error:

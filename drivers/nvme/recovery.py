@@ -107,9 +107,7 @@ class Controller:
         vectors = min(self._irq.count, 1 + len(self._completions))
         if vectors:
             await self._irq.enable(vectors)
-        ring = await self._new_ring(0, _ADMIN_ENTRIES)
-        self.admin = AdminQueue(self, 0, ring, "hybrid")
-        self.admin.prepare(ring, self.pages)
+        self.admin = AdminQueue(self, await self._new_ring(0, _ADMIN_ENTRIES))
         await self._registers.disable(self.capabilities.timeout)
         await self._enable_admin()
         page = await self.admin.identify(lib.NVME_ID_CNS_CTRL, deadline=self.admin_deadline, privileged=True)

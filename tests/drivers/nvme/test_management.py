@@ -10,7 +10,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
-from pvfio.drivers.nvme import AsyncEvent, NvmeDriver, NvmeError, status_name
+from pvfio.drivers.nvme import AsyncEvent, NvmeDriver, NvmeError, recovery, status_name
 
 pytestmark = pytest.mark.touches_c
 
@@ -161,6 +161,22 @@ async def test_an_event(running: Any, kind: Any) -> None:
         smart = lib.NVME_AER_SMART
         assert got == [AsyncEvent(smart, lib.NVME_AER_SMART_TEMPERATURE, lib.NVME_LOG_SMART)] * 2
         assert got[0].name == "smart"
+
+
+async def test_events_of_a_controller_that_takes_one_request(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is all that is in flight, and is asked again each time."""
+    monkeypatch.setattr(recovery, "_EVENT_REQUESTS", 1)
+    async with running() as r:
+        for temperature in (400, 401):
+            assert r.nvme.admin.outstanding == 1
+            r.function.health.set(temperature=temperature)
+            with trio.fail_after(10):
+                event = await anext(r.nvme.events())
+            assert event.information == lib.NVME_AER_SMART_TEMPERATURE
+            r.function.health.set(temperature=300)
+            await r.nvme.smart_log()
 
 
 async def test_events_come_after_a_reset_too(running: Any) -> None:
