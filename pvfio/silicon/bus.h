@@ -116,12 +116,13 @@ struct pv_bus *pv_table_bus_create(int eventfd);
 int pv_table_bus_map(struct pv_bus *bus, uint64_t iova, uint64_t size, void *ptr, uint32_t perm);
 /*
  * Takes out the ranges wholly inside; one that is partly inside: -EINVAL and nothing happens. When it returns, nothing
- * uses their memory. What is being asked of a remote one is not waited for: the far end refuses it.
+ * uses their memory. What was asked of a remote one is not waited for.
  */
 int pv_table_bus_unmap(struct pv_bus *bus, uint64_t iova, uint64_t size);
 /*
  * Reads or writes remote bytes for an engine or another thread; several may call at once. Never called inside a section;
- * may wait, and should end early with -ECANCELED once the bus is cancelled. 0 or -errno.
+ * may wait, and should end early with -ECANCELED once the bus is cancelled. The range may be unmapped by then: who asks for
+ * it inside a section in which it translates has asked before the unmap returned. 0 or -errno.
  */
 typedef int (*pv_remote_fn)(void *arg, uint64_t iova, void *buf, uint64_t n, int write);
 /*

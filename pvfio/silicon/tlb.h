@@ -3,8 +3,9 @@
  *
  * Its requester alone inserts and looks up, inside a section. Anyone may invalidate who holds the IOMMU's lock, so one at a
  * time: until a bit of `filled` that was cleared too early is set again, a second one would pass over what is there. An
- * entry is found by one probe per page size that was ever inserted. It is large, and memory that is never touched costs nothing: what an invalidation
- * takes grows with the entries there are, or with the pages it is about where those are fewer, not with the room.
+ * entry is found by one probe per page size that was ever inserted. It is large, and memory that is never touched costs
+ * nothing: what an invalidation takes grows with the entries there are, or with the pages it is about where those are
+ * fewer, not with the room.
  *
  * Not modelled: paging-structure caches, global pages, the replacement policies of real parts (here: round robin).
  */

@@ -10,10 +10,11 @@
 #define SPIN_NS 20000
 #define ACCESS sizeof(struct vfio_user_dma_region_access)
 
-/* When to give up. */
+/* When to give up, and who is asked first. */
 struct patience {
     uint64_t until;
     const uint32_t *cancel;
+    const struct pv_vfu_gate *gate;
 };
 
 int pv_vfu_transfer_limit(struct pv_vfu *ch, uint64_t bytes)
@@ -155,11 +156,16 @@ static void lead(struct pv_vfu *ch, const struct waiter *w, uint64_t spin_until,
     ch->polling = false;
 }
 
-static int ask(struct pv_vfu *ch, struct waiter *w, const void *data)
+static int ask(struct pv_vfu *ch, struct waiter *w, const void *data, const struct pv_vfu_gate *gate)
 {
     const struct vfio_user_dma_region_access access = {.addr = w->iova, .count = w->size};
-    int result = pv_vfu_send(ch, w->id, w->command, VFIO_USER_F_TYPE_COMMAND, 0, &access, ACCESS, data,
-                             data ? w->size : 0, NULL, 0);
+    int result = gate ? gate->open(gate->arg, w->iova, w->size, data != NULL) : 0;
+    if (result)
+        return result;
+    result = pv_vfu_send(ch, w->id, w->command, VFIO_USER_F_TYPE_COMMAND, 0, &access, ACCESS, data, data ? w->size : 0,
+                         NULL, 0);
+    if (gate)
+        gate->close(gate->arg);
     w->sent = result >= 0;
     return result == -EPIPE ? -ENOTCONN : result == -EAGAIN || w->sent ? 0 : result;
 }
@@ -182,7 +188,7 @@ static int transact(struct pv_vfu *ch, struct waiter *w, const void *data, const
     while (!w->done) {
         int result = give_up(ch, patience);
         if (!result && !w->sent)
-            result = ask(ch, w, data);
+            result = ask(ch, w, data, patience->gate);
         if (result) {
             w->result = result;
             break;
@@ -200,9 +206,9 @@ static int transact(struct pv_vfu *ch, struct waiter *w, const void *data, const
 }
 
 int pv_vfu_dma(struct pv_vfu *ch, uint64_t iova, void *buf, uint64_t n, int write, uint64_t timeout_ns,
-               const uint32_t *cancel)
+               const uint32_t *cancel, const struct pv_vfu_gate *gate)
 {
-    const struct patience patience = {vfu_now() + timeout_ns, cancel};
+    const struct patience patience = {vfu_now() + timeout_ns, cancel, gate};
     uint64_t most = atomic_load(&ch->max_transfer);
     int result = 0;
     pv_vfu_get(ch);

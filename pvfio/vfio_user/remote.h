@@ -1,6 +1,9 @@
 /*
  * Memory without a descriptor, behind a bus: the remote ranges of a table bus (bus.h) are asked of a channel's peer.
  *
+ * A request goes out while the range is mapped, however long ago its bytes were made: the peer reads it before the answer to
+ * an unmap of the range, or there is none. As everywhere, where the range is mapped anew meanwhile, the new one is used.
+ *
  * Not modelled: more than one channel per bus.
  */
 #ifndef PVFIO_VFIO_USER_REMOTE_H

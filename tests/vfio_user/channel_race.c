@@ -54,7 +54,8 @@ static void engine_step(struct engine *e)
     int write = r >> 60 & 1, hasty = !(r >> 61 & 7);
     for (uint64_t i = 0; i < n; i++)
         buf[i] = write ? byte_at(iova + i) : 0;
-    int result = pv_vfu_dma(e->channel, iova, buf, n, write, hasty ? r >> 32 & 0xffff : PATIENCE_NS, &e->cancel);
+    int result = pv_vfu_dma(e->channel, iova, buf, n, write, hasty ? r >> 32 & 0xffff : PATIENCE_NS, &e->cancel,
+                            NULL);
     CHECK(!result || result == -EFAULT || result == -ENOTCONN || result == -ECANCELED ||
           (hasty && result == -ETIMEDOUT));
     for (uint64_t i = 0; i < n && !result; i++)

@@ -41,7 +41,7 @@ class Engine:
         self.cancel = ffi.new("uint32_t *")
         self._ptr = lib.pv_vfu_get(channel.ptr)
         self._result: int | None = None
-        arguments = (iova, self.buf, size, data is not None, timeout, self.cancel)
+        arguments = (iova, self.buf, size, data is not None, timeout, self.cancel, ffi.NULL)
         self._thread = threading.Thread(target=self._run, args=arguments)
         self._thread.start()
 

@@ -10,10 +10,10 @@ import pytest
 import trio
 
 from pvfio.abi import lib
-from pvfio.silicon import READ, DmaAborted, DmaCancelled, TableBus
+from pvfio.silicon import READ, WRITE, DmaAborted, DmaCancelled, TableBus
 from pvfio.vfio_user.channel import Channel, ChannelEnded
 from pvfio.vfio_user.remote import RemoteMemory
-from tests.vfio_user.channel_peer import ACCESS, Peer
+from tests.vfio_user.channel_peer import ACCESS, REPLY, Peer, message
 from tests.vfio_user.conftest import PeerFactory
 
 pytestmark = pytest.mark.touches_c
@@ -105,3 +105,38 @@ async def test_a_wait_ends(with_peer: PeerFactory, how: str) -> None:
                 peer.close()
             elif how == "the bus cancelled":
                 bus.cancel(True)
+
+
+@pytest.mark.parametrize("becomes", ["gone", "for reading only", "elsewhere"])
+async def test_a_range_that_changes_before_it_is_written(with_peer: PeerFactory, becomes: str) -> None:
+    """What comes from one range goes to another: which is looked at again when the request is sent."""
+    channel, peer = with_peer()
+    bus, far = TableBus(), BASE + 2 * PAGE
+    bus.map_remote(BASE, PAGE)
+    bus.map_remote(far, 2 * PAGE)
+
+    async def device() -> None:
+        if becomes == "elsewhere":
+            await trio.to_thread.run_sync(bus.move, far, BASE, 64)
+            return
+        with pytest.raises(DmaAborted) as aborted:
+            await trio.to_thread.run_sync(bus.move, far, BASE, 64)
+        found = aborted.value
+        assert (found.fault_iova, found.perm, found.done) == (far, WRITE, 0)
+
+    with RemoteMemory(bus, channel, 20.0):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device)
+            command, id, _, _, body = await trio.to_thread.run_sync(peer.receive)
+            assert (command, body) == (lib.VFIO_USER_DMA_READ, ACCESS.pack(BASE, 64))
+            bus.unmap(far, 2 * PAGE)
+            if becomes != "gone":
+                bus.map_remote(far, PAGE, READ if becomes == "for reading only" else READ | WRITE)
+            peer.send(message(command, id, body + b"x" * 64, flags=REPLY))
+            if becomes == "elsewhere":
+                command, id, _, _, body = await trio.to_thread.run_sync(peer.receive)
+                assert (command, body) == (lib.VFIO_USER_DMA_WRITE, ACCESS.pack(far, 64) + b"x" * 64)
+                peer.send(message(command, id, body[:16], flags=REPLY))
+        channel.close()
+    with pytest.raises(EOFError, match="0 of 16"):
+        peer.receive()
