@@ -52,6 +52,7 @@ ROOM_HEADERS = (
     "workloads/latency.h",
     "workloads/map_loop.h",
     "workloads/fio/blocks.h",
+    "workloads/fio/slots.h",
 )
 CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
 

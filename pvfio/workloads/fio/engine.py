@@ -29,6 +29,7 @@ from pvfio.workloads.fio.pace import Pace
 from pvfio.workloads.fio.plan import Ios, Known, Plan, Source
 from pvfio.workloads.fio.queue import IoQueue
 from pvfio.workloads.fio.record import Recorder
+from pvfio.workloads.fio.slots import Slots
 from pvfio.workloads.fio.stats import JobStats, Usage
 from pvfio.workloads.fio.verify import Verifier, Written
 
@@ -64,15 +65,7 @@ class Engine:
         self._seed = seed
         self._writes_verified = bool(job.verify) and job.mode.writes and not job.mode.trims
         self.plan = self._plan(seed)
-        depth = job.iodepth
-        self._start = np.zeros(depth, dtype=np.int64)
-        self._submitted = np.zeros(depth, dtype=np.int64)
-        self._direction = np.zeros(depth, dtype=np.uint8)
-        self._length = np.zeros(depth, dtype=np.int64)
-        self._offset = np.zeros(depth, dtype=np.uint64)
-        self._number = np.full(depth, -1, dtype=np.int64)
-        self._free = np.arange(depth - 1, -1, -1, dtype=np.intp)
-        self._free_count = depth
+        self._slots = Slots(job.iodepth)
         self._pace = Pace(job, np.random.default_rng([seed, 1]))
         self._turn_ns = _TURN_NS if alone else _TURN_NS // 4
         self._limits = LatencyLimits(job)
@@ -85,7 +78,7 @@ class Engine:
             self._verifier = Verifier(job, queue.buffer, place.base, thread, seed)
         self._written: Written | None = None
         self._overlaps: Overlaps | None = None
-        if self._writes_verified or (job.serialize_overlap and depth > 1):
+        if self._writes_verified or (job.serialize_overlap and job.iodepth > 1):
             self._overlaps = Overlaps(self.plan.size, self._unit)
         self._most = max(job.batch_complete_max, job.batch_complete_min) if job.batch_complete_max else None
         self._checking = job.verifying_reads
@@ -103,7 +96,7 @@ class Engine:
     @property
     def inflight(self) -> int:
         """I/Os without a completion yet."""
-        return self.job.iodepth - self._free_count
+        return self._slots.used
 
     @property
     def measured(self) -> bool:
@@ -211,7 +204,7 @@ class Engine:
                 self._end_ramp(now)
             if self._limits.active and not self._reading_back and self._limits.due(now):
                 await self._change_depth()
-            if more and self._free_count and self._wants(self.inflight):
+            if more and self._slots.free and self._wants(self.inflight):
                 more = await self._issue(source, now)
             done = self._reap() if self._looks else 0  # who sleeps for it looks first
             idle = 0 if done else idle + 1
@@ -244,7 +237,7 @@ class Engine:
     async def _sleep_for_some(self, now: int, more: bool) -> None:
         """Until something is complete, or the next I/O is due."""
         limit = float("inf")
-        if more and self._pace.active and self._free_count:
+        if more and self._pace.active and self._slots.free:
             limit = max(0.0, (self._pace.next_time(now) - now) / 1e9) or float("inf")
         with trio.move_on_after(limit) if limit < float("inf") else contextlib.nullcontext():
             slots, status, failed = await self.queue.wait(self._most)
@@ -252,7 +245,7 @@ class Engine:
 
     async def _issue(self, source: Source, now: int) -> bool:
         """Submits what may be submitted; whether there may be more."""
-        count = self._free_count
+        count = self._slots.free
         if self._limits.depth < self.job.iodepth and not self._reading_back:
             count = min(count, self._limits.depth - self.inflight)
         if self.job.batch_submit > 1:
@@ -290,16 +283,13 @@ class Engine:
 
     def _submit(self, source: Source, ios: Ios, now: int) -> None:
         count = len(ios)
-        self._free_count -= count
-        slots = self._free[self._free_count : self._free_count + count].copy()
+        slots = self._slots.take(count)
         self._prepare(source, ios, slots)
-        absolute = Ios(ios.direction, ios.offset + np.uint64(self.place.base), ios.length)
+        base = self.place.base
+        absolute = Ios(ios.direction, ios.offset + np.uint64(base), ios.length) if base else ios
         begin = time.perf_counter_ns()
         self.queue.submit(absolute, slots)
-        end = time.perf_counter_ns()
-        self._start[slots], self._submitted[slots] = begin, end
-        self._direction[slots], self._length[slots] = ios.direction, ios.length
-        self._offset[slots] = ios.offset
+        self._slots.begin(slots, ios, begin, time.perf_counter_ns())
         self.stats.count_submit(count)
         self.stats.count_depth(self.inflight, count)
         if self._pace.active:
@@ -312,7 +302,7 @@ class Engine:
         if self._overlaps is not None:
             self._overlaps.begin(ios)
         if isinstance(source, Known):
-            self._number[slots] = source.numbers[source.position - len(ios) : source.position]
+            self._slots.number[slots] = source.numbers[source.position - len(ios) : source.position]
             return
         if self._written is not None and self._verifier is not None:
             writes = ios.direction == WRITE
@@ -346,39 +336,32 @@ class Engine:
         now = time.perf_counter_ns()
         self.stats.count_complete(count)
         if self._overlaps is not None:
-            self._overlaps.end(self._ios(slots))
+            self._overlaps.end(self._slots.ios(slots))
         good = slots
         if failed:
             good = slots[status == 0]
             self._report(slots[status != 0], status[status != 0])
-        submitted = self._submitted[good]
-        self.recorder.add(
-            now, self._direction[good], self._length[good], submitted - self._start[good], now - submitted
-        )
+        self.recorder.add(now, self._slots, good)
         if self._limits.active and not self._reading_back:
-            late = self._limits.took(self._direction[good], now - self._start[good])
+            late = self._limits.took(self._slots.direction[good], now - self._slots.start[good])
             if late:
                 self.fail(errno.ETIMEDOUT, late)
         if self._checking and len(good):
             self._check(good)
-        self._free[self._free_count : self._free_count + count] = slots
-        self._free_count += count
-
-    def _ios(self, slots: NDArray[np.intp]) -> Ios:
-        return Ios(self._direction[slots], self._offset[slots], self._length[slots].astype(np.uint64))
+        self._slots.give_back(slots)
 
     def _check(self, slots: NDArray[np.intp]) -> None:
         assert self._verifier is not None
-        reads = slots[self._direction[slots] == READ]
-        numbers = self._number[reads] if self._numbers_known else None
-        looked, failures = self._verifier.check(self._starts(reads), self._ios(reads), numbers)
+        reads = slots[self._slots.direction[slots] == READ]
+        numbers = self._slots.number[reads] if self._numbers_known else None
+        looked, failures = self._verifier.check(self._starts(reads), self._slots.ios(reads), numbers)
         self._outcome.verified(looked, failures)
 
     def _report(self, slots: NDArray[np.intp], status: NDArray[np.uint16]) -> None:
         """Commands that failed."""
         for slot, value in zip(slots.tolist(), status.tolist(), strict=True):
             name = self.queue.status_name(value)
-            self._outcome.command(int(self._direction[slot]), int(self._offset[slot]), name)
+            self._outcome.command(int(self._slots.direction[slot]), int(self._slots.offset[slot]), name)
 
     def fail(self, number: int, reason: str) -> None:
         """Ends the job with an error: a limit was not kept."""

@@ -12,7 +12,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pvfio.abi import ffi, lib
 from pvfio.workloads.fio.job import DIRECTIONS, Job
+from pvfio.workloads.fio.slots import Slots
 from pvfio.workloads.fio.stats import JobStats
 
 __all__ = ["TIMELINE_NS", "Recorder", "write_logs"]
@@ -36,6 +38,8 @@ class Recorder:
         self.begin = begin
         self._used = 0
         self._arrays: dict[str, NDArray[np.int64]] = {name: np.zeros(_CAPACITY, np.int64) for name in _FIELDS}
+        self._kept = {name: ffi.from_buffer("int64_t[]", array) for name, array in self._arrays.items()}
+        self._record = ffi.new("struct pv_fio_record *", self._kept | {"capacity": _CAPACITY})
         self._keep = bool(job.write_bw_log or job.write_iops_log or job.write_lat_log)
         self.logged: list[dict[str, NDArray[np.int64]]] = []
         self._logged = 0
@@ -44,29 +48,18 @@ class Recorder:
         self._before = {name: [0] * len(DIRECTIONS) for name in self._sampled}
         self._next_sample = begin + min(job.bw_interval, job.iops_interval)
 
-    def add(
-        self,
-        now: int,
-        direction: NDArray[np.uint8],
-        length: NDArray[np.int64],
-        slat: NDArray[np.int64],
-        clat: NDArray[np.int64],
-    ) -> None:
-        """I/Os that completed at ``now``."""
-        done, count = 0, len(direction)
-        while done < count:
-            size = min(count - done, _CAPACITY - self._used)
-            part, to = slice(done, done + size), slice(self._used, self._used + size)
-            arrays = self._arrays
-            arrays["when"][to] = now
-            arrays["direction"][to] = direction[part]
-            arrays["length"][to] = length[part]
-            arrays["slat"][to] = slat[part]
-            arrays["clat"][to] = clat[part]
-            self._used += size
-            done += size
+    def add(self, now: int, slots: Slots, which: NDArray[np.intp]) -> None:
+        """The I/Os in some of the slots completed at ``now``."""
+        count, chosen = len(which), ffi.from_buffer("int64_t[]", which)
+        while count:
+            noted = lib.pv_fio_note(slots.table, self._record, self._used, chosen, count, now)
+            if noted < 0:
+                raise ValueError(f"there is no such slot among {slots.depth}")
+            self._used += noted
             if self._used == _CAPACITY:
                 self.fold()
+            count -= noted
+            chosen += noted
         if now >= self._next_sample:
             self._sample(now)
 
