@@ -123,15 +123,22 @@ async def test_reading_verifies_what_an_earlier_job_wrote() -> None:
 
 
 async def test_an_old_block_is_not_taken_for_the_last_one() -> None:
+    """The device says that it wrote a block, and did not: what an earlier run left there is whole, but old."""
     async with rig() as it:
-        job = "[v]\nrw=randwrite\nbs=4k\nsize=256k\nverify=crc32c\nrandrepeat=0\n"
-        await it.run(job + "randseed=1\n")
-        fault = it.function.inject("drop", opcode=lib.NVME_CMD_WRITE, lba=9)
-        fault.clear()
-        (again,) = await it.run(job + "randseed=1\nverify_only=1\n")
-        assert (again.stats.error, again.stats.verified) == (0, 64)
+        job = "[v]\nrw=randwrite\nbs=4k\nsize=256k\nverify=crc32c\n"
+        (first,) = await it.run(job + "randseed=1\n")
+        assert (first.stats.error, first.stats.verified) == (0, 64)
+        fault = it.function.inject("status", opcode=lib.NVME_CMD_WRITE, lba=9, status=0)
+        (second,) = await it.run(job + "randseed=2\n")
+        assert fault.count == 1
+        assert (second.stats.error, second.stats.failed) == (84, 1)
+        assert "(LBA 9): it is of another write" in second.stats.failures[0]
+        # Numbers are not known to a run that did not write, nor asked for.
         (other,) = await it.run(job + "randseed=2\nverify_only=1\n")
-        assert other.stats.error == 0  # numbers are not known to a run that did not write
+        assert (other.stats.error, other.stats.verified) == (0, 64)
+        it.function.inject("status", opcode=lib.NVME_CMD_WRITE, lba=9, status=0)
+        (unasked,) = await it.run(job + "randseed=3\nverify_write_sequence=0\n")
+        assert (unasked.stats.error, unasked.stats.verified) == (0, 64)
 
 
 async def test_sync_writes_are_forced_to_the_medium() -> None:
