@@ -24,20 +24,11 @@ __all__ = ["COMMANDS", "NvmeOptions", "run"]
 _KELVIN: Final = 273
 _TEXTS: Final = ("sn", "mn", "fr", "subnqn")
 _HEX: Final = (
-    "vid",
-    "ssvid",
-    "ieee",
-    "ver",
-    "oaes",
-    "ctratt",
-    "oacs",
-    "lpa",
-    "oncs",
-    "fna",
-    "sgls",
-    "nsze",
-    "ncap",
-)
+    "vid", "ssvid", "ieee", "cmic", "cntlid", "ver", "rtd3r", "rtd3e", "oaes", "ctratt", "rrls", "oacs",
+    "frmw", "lpa", "avscc", "apsta", "rpmbs", "hctma", "sanicap", "sqes", "cqes", "oncs", "fuses", "fna",
+    "vwc", "ocfs", "sgls", "nsze", "ncap", "nuse", "nsfeat", "flbas", "mc", "dpc", "dps", "nmic", "rescap",
+    "fpi",
+)  # fmt: skip
 """What nvme-cli shows in hexadecimal."""
 _RESERVED: Final = ("rsvd", "reserved", "rsv", "vs")
 

@@ -48,6 +48,14 @@ def test_commands(command: str, capfd: Any) -> None:
     assert len(out.splitlines()) >= 2
 
 
+def test_numbers_are_in_the_base_that_nvme_cli_shows(capfd: Any) -> None:
+    lines = [line.split(" : ") for line in run(capfd, "id-ns")[1].splitlines()[1:]]
+    found = {
+        name.strip(): value for name, value in lines if name.strip() in ("nsze", "nuse", "nlbaf", "flbas")
+    }
+    assert found == {"nsze": "0x10000", "nuse": "0x10000", "nlbaf": "4", "flbas": "0x1"}
+
+
 def test_what_an_image_is(tmp_path: Path, capfd: Any) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
