@@ -377,6 +377,11 @@ def fio(
     if bench:
         from pvfio import cli_fio_bench
 
+        others: dict[str, object] = {"a job file": jobfiles, "--output": output, "--section": section}
+        others |= {"--option": option, "--image": image, "--read-only": read_only, "--inject": inject}
+        for name, given in (others | {"--plot": plot, "--parse-only": parse_only}).items():
+            if given:
+                raise typer.BadParameter(f"--bench goes without {name}")
         raise typer.Exit(
             cli_fio_bench.run(platform.value, engine.value, memory, json=output_format != "normal")
         )

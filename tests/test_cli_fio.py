@@ -184,6 +184,13 @@ def test_options_of_the_command(tmp_path: Path, capfd: Any) -> None:
     path = job_file(tmp_path, "[a]\nsize=1m\n[b]\nsize=2m\n")
     assert [job["jobname"] for job in document(capfd, path, "--section", "b")["jobs"]] == ["b"]
     assert run(capfd, path, "--section", "c")[0] == 2
+    for words, part in (
+        ((path, "--bench"), "without a job file"),
+        (("--bench", "--image", path), "without --image"),
+    ):
+        status, out, err = run(capfd, *words)
+        assert (status, out) == (2, "")
+        assert part in err
     assert run(capfd, path, "--inject", "odd:lba=1")[0] == 2
     assert run(capfd, str(tmp_path / "none.fio"))[0] == 2
     report = tmp_path / "report.json"
