@@ -172,6 +172,8 @@ static uint32_t run_fused(struct pv_nvme *nvme, struct burst *b, uint32_t i)
     }
     uint32_t wrong = check_pair(&b->cmd[i], &b->cmd[i + 1]);
     uint32_t status = run_one(nvme, b, i, wrong);
+    if (nvme_is_dead(nvme))
+        return 2;
     run_one(nvme, b, i + 1, wrong ? wrong : status ? NVME_SC_FUSED_FAIL : 0);
     return 2;
 }

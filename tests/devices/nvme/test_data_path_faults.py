@@ -186,6 +186,18 @@ def test_the_end(disk: Disk, action: int, event: int) -> None:
     assert not lib.pv_nvme_due(disk.nvme)
 
 
+@pytest.mark.parametrize("action", [lib.PV_NVME_INJECT_FATAL, lib.PV_NVME_INJECT_VANISH])
+def test_the_end_comes_between_the_halves_of_a_pair(disk: Disk, action: int) -> None:
+    """The second one does not complete either, and does nothing."""
+    disk.inject(action, opcode=COMPARE)
+    disk.put(DATA, noise(BLOCKS * PAGE)[:PAGE])
+    disk.put(DATA + PAGE, noise(PAGE, 2))
+    first, second = lib.NVME_CMD_FUSE_FIRST, lib.NVME_CMD_FUSE_SECOND
+    disk.submit(command(COMPARE, flags=first), command(WRITE, flags=second, prp1=DATA + PAGE))
+    assert not disk.peek()
+    assert (disk.content() == noise(BLOCKS * PAGE)).all()
+
+
 def test_fatal_status_ends_with_a_reset(disk: Disk) -> None:
     disk.inject(lib.PV_NVME_INJECT_FATAL, times=1)
     disk.submit(command(READ))
