@@ -115,7 +115,7 @@ void pv_nvme_set_vector_coalescing(struct pv_nvme *nvme, uint32_t vector, int on
 uint32_t pv_nvme_take_admin(struct pv_nvme *nvme, struct nvme_command *out, uint32_t max);
 /* Completes an admin command that was taken. */
 void pv_nvme_complete(struct pv_nvme *nvme, uint16_t cid, uint32_t status, uint64_t result);
-/* Ends a command that has not completed yet with Abort Requested. 1: it was there, 0: not. Not for the admin queue. */
+/* Ends a command that has not completed yet with Abort Requested. 1: it was there, 0: not; nor one that was handed over. */
 int pv_nvme_abort(struct pv_nvme *nvme, uint32_t sq, uint16_t cid);
 /*
  * Moves `n` bytes between `data` and the data pointer of a command that was taken after so many resets, beside the engine
