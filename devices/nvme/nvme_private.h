@@ -205,10 +205,15 @@ void nvme_begin_shadow(struct pv_nvme *nvme, uint32_t index);
 
 /* schedule.c */
 int nvme_step(void *device);
-/* Gives an admin command to Python; false: there is no room. */
-bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd);
 /* One completion of a queue's command; nothing where the queue is gone. */
 void nvme_end(struct pv_nvme *nvme, uint32_t sq, uint16_t cid, uint32_t status, uint64_t result);
+
+/* admin.c: gives an admin command to Python; false: there is no room. */
+bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd);
+/* Completes what Python has answered. */
+void nvme_take_answers(struct pv_nvme *nvme);
+/* Forgets commands and answers. */
+void nvme_drop_admin(struct pv_nvme *nvme);
 
 /* waiting.c, all with the engine's step to themselves. NULL: too many wait. */
 struct nvme_waiting *nvme_wait_until(struct pv_nvme *nvme, const struct nvme_request *request, uint64_t due,

@@ -107,18 +107,6 @@ void nvme_end(struct pv_nvme *nvme, uint32_t id, uint16_t cid, uint32_t status, 
     nvme_post(nvme, &nvme->cq[nvme->sq[id].cq], &entry, 1);
 }
 
-bool nvme_hand_over(struct pv_nvme *nvme, const struct nvme_command *cmd)
-{
-    pthread_mutex_lock(&nvme->lock);
-    bool room = nvme->admin_count < NVME_AQA_MAX;
-    if (room)
-        nvme->admin[(nvme->admin_head + nvme->admin_count++) % NVME_AQA_MAX] = *cmd;
-    pthread_mutex_unlock(&nvme->lock);
-    if (room)
-        nvme_event(nvme, PV_NVME_EVENT_ADMIN);
-    return room;
-}
-
 static bool same_range(const struct nvme_command *a, const struct nvme_command *b)
 {
     return a->nsid == b->nsid && nvme_slba(a) == nvme_slba(b) && !((a->cdw12 ^ b->cdw12) & NVME_RW_NLB_MASK);

@@ -123,29 +123,12 @@ static void take_synced(struct pv_nvme *nvme)
     }
 }
 
-static void take_answers(struct pv_nvme *nvme)
-{
-    pthread_mutex_lock(&nvme->lock);
-    struct nvme_answer *answer = nvme->answers;
-    nvme->answers = NULL;
-    nvme->answers_end = &nvme->answers;
-    for (struct nvme_answer *a = answer; a; a = a->next)
-        atomic_fetch_sub(&nvme->inbox, 1);
-    pthread_mutex_unlock(&nvme->lock);
-    while (answer) {
-        struct nvme_answer *next = answer->next;
-        nvme_end(nvme, 0, answer->cid, answer->status, answer->result);
-        free(answer);
-        answer = next;
-    }
-}
-
 bool nvme_run_waiting(struct pv_nvme *nvme)
 {
     bool any = atomic_load_explicit(&nvme->inbox, memory_order_acquire) != 0;
     if (any) {
         take_synced(nvme);
-        take_answers(nvme);
+        nvme_take_answers(nvme);
     }
     if (atomic_load_explicit(&nvme->due, memory_order_relaxed) == NVME_NEVER)
         return any;
