@@ -5,11 +5,10 @@ from pvfio.host.dirty import DirtyLog
 from pvfio.host.faults import Fault, FaultLog
 from pvfio.host.hypercalls import PARTITION_ID
 from pvfio.host.hypervisor import Hypervisor
-from pvfio.host.vpci import BarInfo, VpciBus, VpciFunction
+from pvfio.host.vpci import VpciBus, VpciFunction
 
 __all__ = [
     "PARTITION_ID",
-    "BarInfo",
     "DirtyLog",
     "Fault",
     "FaultLog",

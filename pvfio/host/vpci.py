@@ -14,13 +14,11 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
-import trio
-
 from pvfio.abi.hyperv import logical_id_prefix
 from pvfio.host.domains import DeviceDomains
-from pvfio.silicon import MSI_START, Requester
+from pvfio.silicon import MSI_START, BarInfo, BusFunction, Requester
 
-__all__ = ["BarInfo", "VpciBus", "VpciFunction"]
+__all__ = ["VpciBus", "VpciFunction"]
 
 _SIZES: Final = frozenset((1, 2, 4, 8))
 _CONFIG_SIZES: Final = frozenset((1, 2, 4))
@@ -29,41 +27,13 @@ _FIRST_MSI_DATA: Final = 0x20
 _LAST_MSI_DATA: Final = 0xFFF
 
 
-class BarInfo(Protocol):
-    """A memory BAR: ``size`` in bytes, ``mmap_areas`` as (offset, size) of the pages a driver may map."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def is_64bit(self) -> bool: ...
-    @property
-    def prefetchable(self) -> bool: ...
-    @property
-    def mmap_areas(self) -> tuple[tuple[int, int], ...]: ...
-
-
-class VpciFunction(Protocol):
+class VpciFunction(BusFunction, Protocol):
     """What a bus needs of a device's function; ``pvfio.devices.pci.PciFunction`` is one.
 
-    Configuration space is accessed in 1, 2 or 4 bytes, a BAR (``read``, ``write``) in 1, 2, 4 or 8; offsets and
-    sizes are bytes. ``map_area`` raises ``OSError`` EINVAL for what is not memory, ``mmio`` gives a BAR's
-    ``struct pv_mmio *`` or None, ``connect_intx`` takes who is told the level of the pin. ``reset`` is a
-    function level reset, done even when it is cancelled; ``run`` is the device's task, ended by cancelling it.
+    ``map_area`` gives pages of a BAR that a driver may map; it raises ``OSError`` EINVAL for what is not memory.
     """
 
-    def config_read(self, offset: int, size: int) -> int: ...
-    def config_write(self, offset: int, size: int, value: int) -> None: ...
-    def bars(self) -> tuple[BarInfo, ...]: ...
-    def read(self, bar: int, offset: int, size: int) -> int: ...
-    def write(self, bar: int, offset: int, size: int, value: int) -> None: ...
-    def mmio(self, bar: int) -> Any: ...
     def map_area(self, bar: int, offset: int, size: int) -> memoryview: ...
-    def connect_intx(self, callback: Callable[[bool], None] | None) -> None: ...
-    async def reset(self) -> None: ...
-    async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> None: ...
-    def close(self) -> None: ...
 
 
 F = TypeVar("F", bound=VpciFunction)

@@ -2,6 +2,7 @@
 
 from pvfio.silicon.bus import READ, WRITE, BusMaster, DmaAborted, DmaCancelled, TableBus, is_eventfd
 from pvfio.silicon.engine import Engine, EngineKind, EngineStats
+from pvfio.silicon.function import BarInfo, BusFunction
 from pvfio.silicon.iommu import (
     BLOCKED,
     IDENTITY,
@@ -28,6 +29,8 @@ __all__ = [
     "READ",
     "WRITE",
     "AtcStats",
+    "BarInfo",
+    "BusFunction",
     "BusMaster",
     "DmaAborted",
     "DmaCancelled",

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-import trio
+from pvfio.silicon import BusFunction, Msix
 
-from pvfio.silicon import Msix
-
-__all__ = ["BarInfo", "Function", "MsixPlace"]
-
-
-class BarInfo(Protocol):
-    """A memory BAR: ``size`` in bytes, ``mmap_areas`` as (offset, size) of the pages a driver may map."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def mmap_areas(self) -> tuple[tuple[int, int], ...]: ...
+__all__ = ["Function", "MsixPlace"]
 
 
 class MsixPlace(Protocol):
@@ -34,16 +20,13 @@ class MsixPlace(Protocol):
     def vectors(self) -> int: ...
 
 
-class Function(Protocol):
+class Function(BusFunction, Protocol):
     """A PCI function, built over a ``TableBus``.
 
-    Configuration space is accessed in 1, 2 or 4 bytes, a BAR (``read``, ``write``) in 1, 2, 4 or 8; offsets and
-    sizes are bytes. ``mmio`` gives a BAR's ``struct pv_mmio *`` or None. ``map_fd`` gives a descriptor, which stays
-    the function's, and the place in it of an mmap area, or raises ``OSError`` for one that has no file.
-    ``renew_memory`` has other memory, of zeroes, take the place of what was mapped, or raises ``OSError``.
-    ``connect_intx`` takes who is told the level of the pin; ``recheck_intx``, when an asserted pin is unmasked, says
-    whether that one will be told the level anew. ``reset`` is a function level reset, done even when it is
-    cancelled; ``run`` is the device's task.
+    ``map_fd`` gives a descriptor, which stays the function's, and the place in it of an mmap area, or raises
+    ``OSError`` for one that has no file. ``renew_memory`` has other memory, of zeroes, take the place of what was
+    mapped, or raises ``OSError``. ``recheck_intx``, when an asserted pin is unmasked, says whether who is told its
+    level will be told anew. ``cancel_dma``: while on, its DMA ends.
     """
 
     @property
@@ -51,17 +34,7 @@ class Function(Protocol):
     @property
     def msix_layout(self) -> MsixPlace | None: ...
 
-    def config_read(self, offset: int, size: int) -> int: ...
-    def config_write(self, offset: int, size: int, value: int) -> None: ...
-    def bars(self) -> tuple[BarInfo, ...]: ...
-    def read(self, bar: int, offset: int, size: int) -> int: ...
-    def write(self, bar: int, offset: int, size: int, value: int) -> None: ...
-    def mmio(self, bar: int) -> Any: ...
     def map_fd(self, bar: int, offset: int, size: int) -> tuple[int, int]: ...
     def renew_memory(self) -> None: ...
-    def connect_intx(self, callback: Callable[[bool], None] | None) -> None: ...
     def recheck_intx(self) -> bool: ...
     def cancel_dma(self, on: bool) -> None: ...
-    async def reset(self) -> None: ...
-    async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> None: ...
-    def close(self) -> None: ...

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from pvfio.abi import ffi, lib
+from pvfio.silicon import BarInfo
 from pvfio.vfio_user.messages_info import RegionInfo
-from pvfio.vfio_user.server.function import BarInfo, Function
+from pvfio.vfio_user.server.function import Function
 from pvfio.vfio_user.wire import WireError
 
 __all__ = ["Regions", "find_capability"]
