@@ -12,10 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from pvfio.devices.dsa import DsaConfig
 from pvfio.drivers.dsa import DsaDriver, WorkQueue
-from pvfio.host.config import IommuConfig
-from pvfio.machine import DeviceSpec, Machine, MachineConfig
-from pvfio.silicon import Engine
-from pvfio.vfio import Container, Device
+from tests.drivers.rig import Rig, open_device
 from tests.profiles import PROFILE
 
 
@@ -29,27 +26,6 @@ def cases(parts: int = 1) -> settings:
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
-
-
-@dataclass
-class Rig:
-    """A machine with one DSA that is open."""
-
-    machine: Machine
-    device: Device
-
-    @property
-    def container(self) -> Container:
-        return self.device.container
-
-    @property
-    def function(self) -> Any:
-        return self.machine.devices["dsa0"].function
-
-    @property
-    def engine(self) -> Engine:
-        engine: Engine = self.function.engine
-        return engine
 
 
 @dataclass
@@ -67,19 +43,10 @@ RigMaker = Callable[..., AbstractAsyncContextManager[Rig]]
 RunningMaker = Callable[..., AbstractAsyncContextManager[Running]]
 
 
-@asynccontextmanager
-async def open_rig(
+def open_rig(
     platform: Any = "intel", engine: Any = "inline", config: DsaConfig | None = None
-) -> AsyncIterator[Rig]:
-    options = {"config": config} if config else {}
-    machine_config = MachineConfig(
-        iommu=IommuConfig(platform=platform),
-        engine=engine,
-        ram=64 << 20,
-        devices=(DeviceSpec(kind="dsa", options=options),),
-    )
-    async with Machine(machine_config) as machine, machine.open("dsa0") as device:
-        yield Rig(machine, device)
+) -> AbstractAsyncContextManager[Rig]:
+    return open_device("dsa", platform, engine, config=config)
 
 
 @asynccontextmanager
@@ -101,12 +68,3 @@ def rig() -> RigMaker:
 def running() -> RunningMaker:
     """``async with running(platform, engine, config, **driver_options) as r``."""
     return open_running
-
-
-@pytest.fixture(
-    params=[("intel", "inline"), ("intel", "thread"), ("amd", "inline"), ("amd", "thread")], ids="-".join
-)
-def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """Platform and engine."""
-    chosen: tuple[str, str] = request.param
-    return chosen

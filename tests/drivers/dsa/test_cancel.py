@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -16,38 +15,12 @@ from pvfio.drivers.dsa import DsaDriver, OperationAborted, WqConfig, descriptors
 from pvfio.errors import DeadlineExceeded, DeviceFailed
 from pvfio.machine import Machine, MachineConfig
 from pvfio.silicon import DmaCancelled
+from tests.drivers.rig import cancelled_at
 
 pytestmark = pytest.mark.touches_c
 
 SIZE = 8192
 SMALL = (WqConfig(size=4),)
-
-
-class CancelAt(trio.abc.Instrument):
-    """Cancels a scope while the task that made this is at its n-th await."""
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-        self.scope = trio.CancelScope()
-        self.task = trio.lowlevel.current_task()
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task is self.task:
-            self.left -= 1
-            if not self.left:
-                self.scope.cancel()
-
-
-async def cancelled_at(n: int, operation: Callable[[], Awaitable[Any]]) -> bool:
-    """Runs an operation that is cancelled at its n-th await; false when it had fewer and so was not."""
-    instrument = CancelAt(n)
-    trio.lowlevel.add_instrument(instrument)
-    try:
-        with instrument.scope:
-            await operation()
-    finally:
-        trio.lowlevel.remove_instrument(instrument)
-    return instrument.left <= 0
 
 
 OPERATIONS: dict[str, Any] = {

@@ -11,33 +11,9 @@ import pytest
 
 from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
 from pvfio.drivers.nvme import NvmeDriver, QueuePair
-from pvfio.host.config import IommuConfig
-from pvfio.machine import DeviceSpec, Machine, MachineConfig
-from pvfio.silicon import Engine
-from pvfio.vfio import Container, Device
+from tests.drivers.rig import Rig, open_device
 
 SIZE = 16 << 20
-
-
-@dataclass
-class Rig:
-    """A machine with one NVMe controller that is open."""
-
-    machine: Machine
-    device: Device
-
-    @property
-    def container(self) -> Container:
-        return self.device.container
-
-    @property
-    def function(self) -> Any:
-        return self.machine.devices["nvme0"].function
-
-    @property
-    def engine(self) -> Engine:
-        engine: Engine = self.function.engine
-        return engine
 
 
 @dataclass
@@ -55,21 +31,13 @@ RigMaker = Callable[..., AbstractAsyncContextManager[Rig]]
 RunningMaker = Callable[..., AbstractAsyncContextManager[Running]]
 
 
-@asynccontextmanager
-async def open_rig(
+def open_rig(
     platform: Any = "intel",
     engine: Any = "inline",
     config: NvmeConfig | None = None,
     namespaces: Sequence[NamespaceSpec] = (NamespaceSpec(size=SIZE),),
-) -> AsyncIterator[Rig]:
-    machine_config = MachineConfig(
-        iommu=IommuConfig(platform=platform),
-        engine=engine,
-        ram=64 << 20,
-        devices=(DeviceSpec(kind="nvme", options={"config": config, "namespaces": namespaces}),),
-    )
-    async with Machine(machine_config) as machine, machine.open("nvme0") as device:
-        yield Rig(machine, device)
+) -> AbstractAsyncContextManager[Rig]:
+    return open_device("nvme", platform, engine, config=config, namespaces=namespaces)
 
 
 @asynccontextmanager
@@ -95,12 +63,3 @@ def rig() -> RigMaker:
 def running() -> RunningMaker:
     """``async with running(platform, engine, config, namespaces, **driver_options) as r``."""
     return open_running
-
-
-@pytest.fixture(
-    params=[("intel", "inline"), ("intel", "thread"), ("amd", "inline"), ("amd", "thread")], ids="-".join
-)
-def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """Platform and engine."""
-    chosen: tuple[str, str] = request.param
-    return chosen
