@@ -8,6 +8,7 @@ ended the jobs. Not here: fio's ``--client``, ``--server``, ``--latency-log``, `
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import signal
 import sys
@@ -105,13 +106,8 @@ def _stride(job: Job) -> int:
 
 def _lba_shift(jobs: Sequence[Job]) -> int:
     """4096-byte blocks where all I/O is of such; else 512."""
-    for job in jobs:
-        sizes = [job.blockalign[d] for d in job.directions] + [job.offset, job.offset_increment, job.hole]
-        sizes += [size for d in job.directions for size, _ in job.bssplit[d]]
-        sizes += [job.bs[d][0] for d in job.directions]
-        if any(size % _PAGE for size in sizes):
-            return 9
-    return 12
+    whole = all(math.gcd(job.grain, job.offset, job.offset_increment) % _PAGE == 0 for job in jobs)
+    return 12 if whole else 9
 
 
 def machine_for(options: FioOptions, jobs: Sequence[Job], found: Sequence[Clone]) -> MachineConfig:

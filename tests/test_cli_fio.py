@@ -159,7 +159,8 @@ WRONG = [
     ("[a]\nsize=1m\noffset=2g\nfilename=/dev/nvme0n1\n", "outside"),
     ("[a]\nbs=64k\nsize=4k\n", "do not fit"),
     ("[a]\nsize=1m\noffset=100\n", "100 bytes are not whole blocks of 512"),
-    ("[a]\nrw=read:100\nsize=1m\n", "100 bytes are not whole blocks of 512"),
+    ("[a]\nrw=read:100\nsize=1m\n", "not of whole blocks of 512"),
+    ("[a]\nbssplit=4k/50:6000/50\nsize=1m\n", "not of whole blocks of 512"),
     ("[a]\nrw=write\nbs=512\nsize=4k\nverify=sha512\nverify_interval=64\n", "no room for the 104 of sha512"),
 ]
 

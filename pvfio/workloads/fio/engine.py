@@ -79,7 +79,7 @@ class Engine:
         self._written: Written | None = None
         self._overlaps: Overlaps | None = None
         if self._writes_verified or (job.serialize_overlap and job.iodepth > 1):
-            self._overlaps = Overlaps(self.plan.size, self._unit)
+            self._overlaps = Overlaps(self.plan.size, job.grain)
         self._most = max(job.batch_complete_max, job.batch_complete_min) if job.batch_complete_max else None
         self._checking = job.verifying_reads
         self._numbers_known = self._reading_back = False
@@ -102,10 +102,6 @@ class Engine:
     def measured(self) -> bool:
         """What it does now counts: it is neither in its ramp nor reading back what it wrote."""
         return not self._ramp_until and not self._reading_back
-
-    @property
-    def _unit(self) -> int:
-        return min(self.job.least_block(direction) for direction in self.job.directions)
 
     def _plan(self, seed: int) -> Plan:
         """All of the job's passes; one that writes and verifies makes each of them by itself."""
@@ -144,7 +140,7 @@ class Engine:
         job = self.job
         loops = 0
         while not self._stopped and not self.stats.error:
-            self._written = Written(self.plan.size, self._unit)
+            self._written = Written(self.plan.size, job.grain)
             begin = time.perf_counter_ns()
             if job.verify_only:
                 self._pretend()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -156,10 +157,13 @@ class Job:
     log_offset: bool = False
     kb_base: int = 1024
 
+    def sizes(self, direction: int) -> list[int]:
+        """What the blocks of a direction are multiples of."""
+        return [size for size, _ in self.bssplit[direction]] or [self.bs[direction][0]]
+
     def least_block(self, direction: int) -> int:
         """The smallest block of a direction."""
-        split = self.bssplit[direction]
-        return min(size for size, _ in split) if split else self.bs[direction][0]
+        return min(self.sizes(direction))
 
     def most_block(self, direction: int) -> int:
         """The largest block of a direction."""
@@ -171,6 +175,12 @@ class Job:
         """Those it uses."""
         wanted = (self.mode.reads, self.mode.writes, self.mode.trims)
         return tuple(direction for direction in (READ, WRITE, TRIM) if wanted[direction])
+
+    @property
+    def grain(self) -> int:
+        """Every block begins and ends at a multiple of so many bytes of the job's file."""
+        sizes = [size for direction in self.directions for size in self.sizes(direction)]
+        return math.gcd(self.hole, *sizes, *(self.blockalign[direction] for direction in self.directions))
 
     @property
     def refills(self) -> bool:

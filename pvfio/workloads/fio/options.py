@@ -220,7 +220,7 @@ def _check(job: Job) -> None:
             raise ValueError(f"blocks of {job.most_block(direction)} bytes; 64 MiB is the most")
     if job.verify and job.verify_interval:
         for direction in job.directions:
-            if job.least_block(direction) % job.verify_interval:
+            if any(size % job.verify_interval for size in job.sizes(direction)):
                 raise ValueError(f"blocks are not multiples of verify_interval={job.verify_interval}")
     if job.mode.trim_then_write and job.verify:
         raise ValueError("trimmed blocks are not verified")

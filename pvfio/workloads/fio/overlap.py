@@ -23,7 +23,7 @@ def units_of(ios: Ios, unit: int) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
 
 
 class Overlaps:
-    """A flag for each ``unit`` of ``size`` bytes, set while I/O on it is in flight."""
+    """A flag for each ``unit`` bytes of ``size``, set while I/O on it is in flight."""
 
     def __init__(self, size: int, unit: int) -> None:
         self._unit = unit

@@ -83,10 +83,8 @@ class Plan:
         self._rng = np.random.default_rng(seed)
         self._passes = passes
         smallest = min(job.least_block(direction) for direction in job.directions)
-        for direction in job.directions:
-            for length in (job.least_block(direction), job.blockalign[direction], job.hole):
-                if length % unit:
-                    raise ValueError(f"{length} bytes are not whole blocks of {unit}")
+        if job.grain % unit:
+            raise ValueError(f"I/O at multiples of {job.grain} bytes is not of whole blocks of {unit}")
         self.size = size // smallest * smallest
         largest = max(job.most_block(direction) for direction in job.directions)
         if self.size < largest:

@@ -5,7 +5,7 @@ offset, time, thread and running number, and the CRC-32C of those; a digest of t
 of pvfio and fio wrote with crc32c, md5, sha3-* or meta, the other verifies. ``pattern`` has no header. Blocks are
 handled as vectors; hashes other than CRC-32C cost a call of hashlib each.
 
-``Written`` remembers what a job wrote last, and where, by units of its smallest block. Not modelled:
+``Written`` remembers what a job wrote last, and where. Not modelled:
 ``verify_offset`` (headers anywhere but at the beginning), state files.
 """
 
@@ -229,7 +229,7 @@ def _spread(starts: _U64, length: int) -> NDArray[np.intp]:
 
 
 class Written:
-    """What a job wrote, in units of its smallest block: the last write to each unit is what counts."""
+    """What a job wrote, in units of which its blocks are whole ones: the last write to each unit is what counts."""
 
     def __init__(self, size: int, unit: int) -> None:
         self._unit = unit

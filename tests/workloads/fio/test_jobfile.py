@@ -196,6 +196,7 @@ WRONG = [
     ("rate=1k\nrate_min=2k", "exceeds"),
     ("rate_iops=1\nrate=1", "exclusive"),
     ("sync=maybe", "maybe"),
+    ("verify=md5\nbssplit=4k/50:6k/50\nverify_interval=4k", "verify_interval=4096"),
     ("rate_min=1\nrate_iops_min=1", "exclusive"),
 ]
 

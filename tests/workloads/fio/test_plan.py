@@ -124,7 +124,7 @@ def test_blocks_that_do_not_fit() -> None:
         Plan(job("rw=read", "bs=64k"), 4096, 1)
     with pytest.raises(ValueError, match="whole blocks"):
         Plan(job("rw=read", "bs=512"), 1 << 20, 1, unit=4096)
-    with pytest.raises(ValueError, match="100 bytes are not whole blocks"):
+    with pytest.raises(ValueError, match="multiples of 4 bytes"):
         Plan(job("rw=read:100", "bs=4k"), 1 << 20, 1, unit=512)
     Plan(job("rw=randread:100", "bs=4k"), 1 << 20, 1, unit=512)  # a number of I/Os
 

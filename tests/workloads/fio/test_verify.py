@@ -92,6 +92,23 @@ JOBS = [
 ]
 
 
+SIZES = [
+    "bssplit=8k/50:12k/50",
+    "bssplit=8k/50:12k/50\nverify_interval=4k",
+    "bs=8k\nrw=write:4k\nio_size=512k",
+]
+
+
+@pytest.mark.parametrize("lines", SIZES)
+async def test_blocks_that_are_no_multiples_of_each_other(lines: str) -> None:
+    """What is written once is read back and verified, all of it."""
+    async with rig() as it:
+        (item,) = await it.run(f"[v]\nrw=randwrite\nsize=1m\niodepth=8\nverify=crc32c\n{lines}\n")
+        read, write, _ = item.stats.directions
+        assert (item.stats.error, read.ios, read.nbytes) == (0, write.ios, write.nbytes)
+        assert item.stats.verified >= write.ios > 60
+
+
 @pytest.mark.parametrize("loops", [1, 3])
 async def test_each_pass_is_written_once_and_verified(loops: int) -> None:
     """What the real fio does: so many passes, and all of each is read back."""
