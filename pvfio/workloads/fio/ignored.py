@@ -81,6 +81,7 @@ IGNORED: Final = {
     "error_dump": "every command that fails is a line",
     "max_open_zones": "there are no zones",
     "per_job_logs": "every job has its own",
+    "log_offset": "offsets are not logged",
     "log_max_value": "averages are logged",
     "log_unix_epoch": "logs begin with the job",
     "idle_prof": "processors that idle are not looked at",

@@ -154,7 +154,6 @@ class Job:
     write_iops_log: str = ""
     write_lat_log: str = ""
     log_interval: int = 0
-    log_offset: bool = False
     kb_base: int = 1024
 
     def sizes(self, direction: int) -> list[int]:

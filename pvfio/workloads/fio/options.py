@@ -140,7 +140,6 @@ OPTIONS: Final[dict[str, Setter]] = {
     "write_iops_log": log_name("write_iops_log", "iops"),
     "write_lat_log": log_name("write_lat_log", "lat"),
     "log_avg_msec": a_time("log_interval", "ms"),
-    "log_offset": a_flag("log_offset"),
     "kb_base": plain("kb_base", lambda text: 1000 if values.parse_int(text) == 1000 else 1024),
 }
 """Every option that does something."""

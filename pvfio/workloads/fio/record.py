@@ -1,7 +1,7 @@
 """What completed, gathered in arrays and counted some thousands at a time; rates sampled over time; fio's log files.
 
-A log line is "time in ms, value, direction, block size, offset (with log_offset)"; values are KiB/s, I/Os a second and
-nanoseconds, averaged over ``log_avg_msec``, or one line an I/O without it.
+A log line is "time in ms, value, direction, block size, priority", of which there is none; values are KiB/s, I/Os a
+second and nanoseconds, averaged over ``log_avg_msec``, or one line an I/O without it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _CAPACITY: Final = 8192
 _MOST_LOGGED: Final = 20_000_000
 TIMELINE_NS: Final = 10_000_000
 """The width of a timeline's bins."""
+_NEVER: Final = 1 << 63
 _FIELDS: Final = ("when", "direction", "length", "slat", "clat")
 
 
@@ -44,9 +45,7 @@ class Recorder:
         self.logged: list[dict[str, NDArray[np.int64]]] = []
         self._logged = 0
         self.timeline: NDArray[np.int64] = np.zeros((3, 3, 64), dtype=np.int64)
-        self._sampled = {"bw": begin, "iops": begin}
-        self._before = {name: [0] * len(DIRECTIONS) for name in self._sampled}
-        self._next_sample = begin + min(job.bw_interval, job.iops_interval)
+        self._begin_samples(begin)
 
     def add(self, now: int, slots: Slots, which: NDArray[np.intp]) -> None:
         """The I/Os in some of the slots completed at ``now``."""
@@ -73,9 +72,7 @@ class Recorder:
         self.timeline[:] = 0
         self.logged, self._logged = [], 0
         self.begin = now
-        self._sampled = dict.fromkeys(self._sampled, now)
-        self._before = {name: [0] * len(DIRECTIONS) for name in self._sampled}
-        self._next_sample = now + min(self.job.bw_interval, self.job.iops_interval)
+        self._begin_samples(now)
 
     def fold(self) -> None:
         """Counts what was gathered."""
@@ -118,12 +115,18 @@ class Recorder:
         self.timeline[index, 1, :width] += np.bincount(bins, part["length"], width).astype(np.int64)
         self.timeline[index, 2, :width] += np.bincount(bins, lat, width).astype(np.int64)
 
+    def _begin_samples(self, now: int) -> None:
+        job = self.job
+        self._sampled = {"bw": now, "iops": now}
+        self._before = {name: [0] * len(DIRECTIONS) for name in self._sampled}
+        self._next_sample = _NEVER if job.disable_bw else now + min(job.bw_interval, job.iops_interval)
+
     def _sample(self, now: int) -> None:
         self.fold()
         job = self.job
         for name, interval in (("bw", job.bw_interval), ("iops", job.iops_interval)):
             elapsed = now - self._sampled[name]
-            if elapsed < interval or job.disable_bw:
+            if elapsed < interval:
                 continue
             before = self._before[name]
             for index, stats in enumerate(self.stats.directions):
@@ -175,7 +178,6 @@ def write_logs(recorder: Recorder, number: int, folder: Path) -> list[Path]:
 
 def _log_lines(kind: str, part: dict[str, NDArray[np.int64]], begin: int, job: Job) -> list[str]:
     latencies = {"slat": part["slat"], "clat": part["clat"], "lat": part["slat"] + part["clat"]}
-    tail = ", 0, 0" if job.log_offset else ", 0"
     if job.log_interval:
         lines = []
         seconds = job.log_interval / 1e9
@@ -184,7 +186,7 @@ def _log_lines(kind: str, part: dict[str, NDArray[np.int64]], begin: int, job: J
                 value = part["length"][group].sum() / 1024 / seconds
             else:
                 value = len(group) / seconds if kind == "iops" else latencies[kind][group].mean()
-            lines.append(f"{ms}, {int(value)}, {direction}, 0{tail}")
+            lines.append(f"{ms}, {int(value)}, {direction}, 0, 0")
         return lines
     times = ((part["when"] - begin) // 10**6).tolist()
     lat = np.maximum(latencies["lat"], 1)
@@ -193,4 +195,4 @@ def _log_lines(kind: str, part: dict[str, NDArray[np.int64]], begin: int, job: J
     else:
         values = (part["length"] * 1_000_000_000 // 1024 // lat if kind == "bw" else latencies[kind]).tolist()
     rows = zip(times, values, part["direction"].tolist(), part["length"].tolist(), strict=True)
-    return [f"{ms}, {value}, {direction}, {length}{tail}" for ms, value, direction, length in rows]
+    return [f"{ms}, {value}, {direction}, {length}, 0" for ms, value, direction, length in rows]

@@ -19,6 +19,7 @@ from pvfio.workloads.fio.outcome import Place
 from pvfio.workloads.fio.overlap import Overlaps
 from pvfio.workloads.fio.plan import Ios
 from pvfio.workloads.fio.queue import NullQueue
+from pvfio.workloads.fio.record import Recorder
 from pvfio.workloads.fio.run import Finished, Run
 from pvfio.workloads.fio.stats import JobStats
 from pvfio.workloads.fio.steady import Criterion, Steady
@@ -287,6 +288,21 @@ async def test_completions_come_in_batches_of_at_most(lines: tuple[str, ...], mo
     queue = SlowQueue(32, a_look=64)
     stats = await work("rw=read", "iodepth=32", "size=1m", *lines, queue=queue)
     assert (stats.directions[0].ios, max(queue.batches)) == (256, most)
+
+
+async def test_rates_that_are_not_sampled_do_not_divide_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions are counted some thousands at a time, not one by one once the first interval is over."""
+    counted: list[int] = []
+    count = Recorder._count
+
+    def watched(recorder: Recorder, index: int, part: dict[str, NDArray[np.int64]]) -> None:
+        counted.append(len(part["length"]))
+        count(recorder, index, part)
+
+    monkeypatch.setattr(Recorder, "_count", watched)
+    lines = "rw=read\nbs=4k\nsize=1m\nio_size=64m\niodepth=4\ndisable_bw=1\nbwavgtime=1ms\niopsavgtime=1ms\n"
+    (item,) = await run_null(f"[j]\n{lines}")
+    assert (counted, item.stats.directions[0].bw.values) == ([8192, 8192], [])
 
 
 # Steady state
