@@ -19,7 +19,6 @@ __all__ = ["FORMATS", "NamespaceSpec", "NvmeConfig", "serial_of"]
 FORMATS: Final[tuple[tuple[int, int], ...]] = ((9, 0), (12, 0), (9, 8), (12, 8), (12, 16))
 """The LBA formats of every namespace: block size as a power of two, bytes of metadata. Their order is Identify's."""
 
-_LONGEST_TRANSFER = 9
 _PAGE: Final = 4096
 _LONGEST_SERIAL: Final = 20
 _SERIALS: Final = uuid.UUID("5d6b9d0e-2f7b-4a53-8b58-706676696f73")
@@ -53,7 +52,7 @@ class NvmeConfig:
 
     queues: int = 64
     entries: int = 1024
-    mdts_shift: int = 9
+    mdts_shift: int = lib.PV_NVME_MAX_MDTS
     dstrd: int = 0
     weighted: bool = True
     timeout: float = 10.0
@@ -76,7 +75,7 @@ class NvmeConfig:
         limits = {
             "queues": (1, lib.PV_NVME_QUEUES - 1),
             "entries": (2, 1 << 16),
-            "mdts_shift": (0, _LONGEST_TRANSFER),
+            "mdts_shift": (0, lib.PV_NVME_MAX_MDTS),
             "dstrd": (0, lib.PV_NVME_MAX_DSTRD),
             "max_page_shift": (12, 16),
             "max_namespaces": (1, lib.PV_NVME_NAMESPACES),
@@ -117,6 +116,11 @@ class NvmeConfig:
     def msix_offset(self) -> int:
         """Where the MSI-X pages begin."""
         return int(lib.NVME_REG_DBS) + self.doorbell_bytes
+
+    @property
+    def longest_transfer(self) -> int:
+        """Bytes a command may move."""
+        return 4096 << self.mdts_shift
 
     @property
     def cap(self) -> int:

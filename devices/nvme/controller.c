@@ -44,7 +44,7 @@ static bool allocate(struct pv_nvme *nvme)
 
 struct pv_nvme *pv_nvme_create(const struct pv_nvme_config *config, struct pv_bus *bus, struct pv_msix *msix, int kind)
 {
-    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > 9 || !config->namespaces ||
+    if (config->dstrd > PV_NVME_MAX_DSTRD || config->mdts_shift > PV_NVME_MAX_MDTS || !config->namespaces ||
         config->namespaces > PV_NVME_NAMESPACES || !msix)
         return NULL;
     struct pv_nvme *nvme = calloc(1, sizeof(*nvme));

@@ -251,14 +251,7 @@ class NvmeDevice(FaultHooks, PciFunction):
     def disable(self) -> None:
         """The reset of the controller: queues and what is in flight go, no completion follows (Base 3.7.2)."""
         self._drop_queues()
-        for subject in (
-            self.events,
-            self._queues,
-            self._logs,
-            self._firmware,
-            self.health,
-            self._self_test,
-        ):
+        for subject in (self.events, self._queues, self._logs, self._firmware, self.health, self._self_test):
             subject.reset()
         self._keep_alive.set_timeout(0)
         self._features.reset()

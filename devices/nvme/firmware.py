@@ -38,7 +38,7 @@ class Firmware:
 
     def __init__(self, config: NvmeConfig, events: AsyncEvents) -> None:
         self._events = events
-        self._longest_piece = 4096 << config.mdts_shift
+        self._longest_piece = config.longest_transfer
         self._slots: dict[int, str] = {1: config.firmware}
         self._active, self._next = 1, 0
         self._pieces: dict[int, bytes] = {}

@@ -40,7 +40,7 @@ class Logs:
         events: AsyncEvents,
         features: Features,
     ) -> None:
-        self._longest = 4096 << config.mdts_shift
+        self._longest = config.longest_transfer
         self._nvme = nvme
         self._admin = admin
         self._events = events

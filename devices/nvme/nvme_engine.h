@@ -25,6 +25,7 @@
 #define PV_NVME_NAMESPACES 256
 #define PV_NVME_ERRORS 64
 #define PV_NVME_MAX_DSTRD 4
+#define PV_NVME_MAX_MDTS 9
 #define PV_NVME_MAX_METADATA 64 /* bytes a block */
 /* Limits of Copy: blocks in a range, in all, ranges (zero-based). */
 #define PV_NVME_COPY_MSSRL 4096
@@ -45,7 +46,7 @@ struct pv_nvme_backing;
 
 struct pv_nvme_config {
     uint32_t dstrd;
-    uint32_t mdts_shift; /* a power of two of 4 KiB, at most 9 */
+    uint32_t mdts_shift; /* a power of two of 4 KiB, at most PV_NVME_MAX_MDTS */
     uint32_t namespaces; /* Identify Controller, NN: 1 to PV_NVME_NAMESPACES */
     uint32_t poll_doorbells; /* not 0: the doorbell page may be written without anybody telling us */
 };

@@ -11,8 +11,8 @@
 #include "nvme_engine.h"
 
 #define NVME_BURST 32                 /* commands fetched at once */
-#define NVME_MAX_TRANSFER (2u << 20)  /* MDTS 9 */
-#define NVME_MAX_SEGMENTS 514         /* of a transfer: a page each, and a first one that is cut */
+#define NVME_MAX_TRANSFER (4096u << PV_NVME_MAX_MDTS)
+#define NVME_MAX_SEGMENTS (2 + (1u << PV_NVME_MAX_MDTS)) /* of a transfer: a page each, and a first one that is cut */
 #define NVME_BOUNCE (128u << 10)
 #define NVME_PREFETCH 1024u           /* bytes of the next command's; the processor itself follows a copy that runs */
 #define NVME_MAX_WAITING 8192         /* commands in flight outside their queues */
