@@ -203,6 +203,17 @@ class Rig:
         """What the data path had to say since the last call."""
         return int(lib.pv_nvme_events(self.nvme))
 
+    def inject(self, action: int, **fields: int) -> int:
+        """A rule's number or an error: ``opcode`` and ``cdw10`` match, the other fields are the rule's."""
+        rule = ffi.new("struct pv_nvme_rule *", {"sq": -1, "action": action, "per_mille": 1000})
+        for name, offset, size in (("opcode", 0, 1), ("cdw10", 40, 4)):
+            if name in fields:
+                for place, byte in enumerate(fields.pop(name).to_bytes(size, "little")):
+                    rule.match[offset + place], rule.mask[offset + place] = byte, 0xFF
+        for name, value in fields.items():
+            setattr(rule, name, value)
+        return int(lib.pv_nvme_inject(self.nvme, rule))
+
     # Namespaces.
 
     def memory_namespace(self, nsid: int = 1, size: int = 1 << 20, **format: int) -> Backing:

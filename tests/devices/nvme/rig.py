@@ -178,6 +178,12 @@ class Rig:
                     await trio.lowlevel.checkpoint()
         return ring.done.pop(cid)
 
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Waits for what the device, or an engine's thread, makes true."""
+        with trio.fail_after(30):
+            while not condition():
+                await trio.lowlevel.checkpoint()
+
     async def settle(self) -> None:
         """Lets the device do what it has been asked: a command goes around."""
         assert (await self.admin(lib.NVME_ADMIN_IDENTIFY, cdw10=lib.NVME_ID_CNS_CTRL)).status == 0

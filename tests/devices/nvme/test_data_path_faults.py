@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from pvfio.abi import ffi, lib
-from tests.devices.nvme.data_path_rig import DATA, DNR, PAGE, Bytes, Rig, command, noise
+from tests.devices.nvme.data_path_rig import DATA, DNR, PAGE, Bytes, Rig, command, noise, wait_for
 
 pytestmark = pytest.mark.touches_c
 
@@ -33,16 +32,10 @@ class Disk(Rig):
     def content(self) -> Bytes:
         return self.media(self.backing, 0, BLOCKS * PAGE)
 
-    def inject(self, action: int, **fields: int) -> int:
-        """``opcode`` and ``cdw10`` match; the other fields are the rule's."""
-        rule = ffi.new("struct pv_nvme_rule *", {"sq": -1, "action": action, "per_mille": 1000})
-        for name, offset, size in (("opcode", 0, 1), ("cdw10", 40, 4)):
-            if name in fields:
-                for place, byte in enumerate(fields.pop(name).to_bytes(size, "little")):
-                    rule.match[offset + place], rule.mask[offset + place] = byte, 0xFF
-        for name, value in fields.items():
-            setattr(rule, name, value)
-        return int(lib.pv_nvme_inject(self.nvme, rule))
+    def kicked(self) -> list[Any]:
+        """The completions that are there once it has looked at the time."""
+        self.engine.kick()
+        return self.peek()
 
 
 @pytest.fixture
@@ -98,10 +91,7 @@ def test_delay(disk: Disk) -> None:
     assert disk.reap() == [(fast, 0)]
     assert (disk.content() == noise(BLOCKS * PAGE)).all()
     assert lib.pv_nvme_due(disk.nvme)
-    stop = threading.Event()
-    while not disk.peek():
-        stop.wait(0.002)
-        disk.engine.kick()
+    wait_for(disk.kicked)
     assert disk.reap() == [(slow, 0)]
     assert not (disk.content() == noise(BLOCKS * PAGE)).all()
     assert not lib.pv_nvme_due(disk.nvme)
@@ -111,8 +101,7 @@ def test_errors_of_delayed_commands(disk: Disk) -> None:
     """They are logged as any other's."""
     disk.inject(DELAY, delay_ns=1)
     disk.submit(command(READ, lba=2**40))
-    while not disk.peek():
-        disk.engine.kick()
+    wait_for(disk.kicked)
     assert [status for _, status in disk.reap()] == [lib.NVME_SC_LBA_RANGE | DNR]
     entries, total = ffi.new("struct nvme_error_log_entry[4]"), ffi.new("uint64_t *")
     assert lib.pv_nvme_errors(disk.nvme, entries, 4, total) == 1

@@ -183,9 +183,7 @@ def write_forever(image: str, cache: bool, seed: int, lie: bool) -> None:
     with Rig() as rig:
         rig.file_namespace(Path(image), cache=cache)
         if lie:  # every flush succeeds without doing anything, and no write is forced
-            rule = ffi.new("struct pv_nvme_rule *", {"sq": -1, "action": lib.PV_NVME_INJECT_STATUS})
-            rule.match[0], rule.mask[0], rule.per_mille = FLUSH, 0xFF, 1000
-            assert lib.pv_nvme_inject(rig.nvme, rule) == 0
+            assert rig.inject(lib.PV_NVME_INJECT_STATUS, opcode=FLUSH) == 0
         number = 0
         while True:
             force = not lie and rng.random() < 0.3

@@ -74,11 +74,7 @@ class TestCompletions:
         """Those of commands that had been waiting are kept, in order."""
         with Rig() as rig:
             rig.memory_namespace()
-            drop = ffi.new(
-                "struct pv_nvme_rule *", {"sq": 1, "action": lib.PV_NVME_INJECT_DROP, "per_mille": 1000}
-            )
-            drop.times = 30
-            assert lib.pv_nvme_inject(rig.nvme, drop) == 0
+            assert rig.inject(lib.PV_NVME_INJECT_DROP, sq=1, times=30) == 0
             dropped = rig.submit(*reads(30))
             cids = rig.submit(*reads(63 - 30), *reads(30))
             for cid in dropped:
@@ -406,8 +402,7 @@ def test_the_pin() -> None:
 
 class TestAborts:
     def drop(self, rig: Rig, **fields: int) -> None:
-        values = {"sq": 1, "action": lib.PV_NVME_INJECT_DROP, "per_mille": 1000} | fields
-        assert lib.pv_nvme_inject(rig.nvme, ffi.new("struct pv_nvme_rule *", values)) >= 0
+        assert rig.inject(lib.PV_NVME_INJECT_DROP, sq=1, **fields) >= 0
 
     def test_abort(self) -> None:
         """The command ends as aborted, once; another queue's and those that are over are not found."""

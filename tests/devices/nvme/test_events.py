@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import pytest
+import trio
 
 from pvfio.abi import lib
 from pvfio.devices.nvme import NvmeConfig
@@ -165,9 +166,9 @@ async def test_abort_of_io_that_waits(place: Place, engine: EngineKind) -> None:
         rig.device.inject("drop", opcode=lib.NVME_CMD_READ)
         lost = rig.submit(lib.NVME_CMD_READ, ring=rig.io_ring, nsid=1, prp1=rig.iova)
         await rig.settle()
-        result = 1
-        while result:  # a thread may not have fetched it yet
-            result = (await rig.admin(lib.NVME_ADMIN_ABORT, cdw10=1 | lost << 16)).result
+        with trio.fail_after(30):  # a thread may not have fetched it yet
+            while (await rig.admin(lib.NVME_ADMIN_ABORT, cdw10=1 | lost << 16)).result:
+                pass
         assert (await rig.wait(lost, ring=rig.io_ring)).code == lib.NVME_SC_ABORT_REQ
 
 

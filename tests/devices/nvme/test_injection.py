@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import trio
 
 from pvfio.abi import lib
 from pvfio.silicon import EngineKind
@@ -126,8 +125,7 @@ async def test_fatal_status(place: Place, engine: EngineKind) -> None:
     async with running(place=place, engine=engine) as rig:
         rig.device.inject("fatal", opcode=READ)
         lost = rig.submit(READ, ring=rig.io_ring, nsid=1, prp1=rig.iova)
-        while not rig.csts & lib.NVME_CSTS_CFS:
-            await trio.lowlevel.checkpoint()
+        await rig.until(lambda: rig.csts & lib.NVME_CSTS_CFS)
         rig.io_ring.collect()
         assert lost not in rig.io_ring.done
         rig.reset()
@@ -141,8 +139,7 @@ async def test_surprise_removal(place: Place, engine: EngineKind) -> None:
     async with running(place=place, engine=engine) as rig:
         rig.device.inject("vanish", opcode=READ)
         rig.submit(READ, ring=rig.io_ring, nsid=1, prp1=rig.iova)
-        while rig.csts != 0xFFFFFFFF:
-            await trio.lowlevel.checkpoint()
+        await rig.until(lambda: rig.csts == 0xFFFFFFFF)
         device = rig.device
         assert device.removed
         assert device.config_read(0, 2) == 0xFFFF

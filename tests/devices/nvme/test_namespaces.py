@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from pvfio.abi import ffi, lib
 from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
@@ -227,8 +228,9 @@ async def test_while_a_format_goes_on() -> None:
         assert (refused.code, refused.dnr) == (lib.NVME_SC_FORMAT_IN_PROGRESS, False)
         assert (await rig.io(lib.NVME_CMD_READ, nsid=2)).status == 0
         rig.reset()
-        while (await rig.identify(lib.NVME_ID_CNS_NS, 1, kind="nvme_id_ns")).flbas:
-            pass
+        with trio.fail_after(30):
+            while (await rig.identify(lib.NVME_ID_CNS_NS, 1, kind="nvme_id_ns")).flbas:
+                pass
         assert busy not in rig.admin_ring.done
 
 

@@ -73,8 +73,7 @@ async def test_deleting_a_queue_ends_what_waits_in_it(place: Place, engine: Engi
     async with running(place=place, engine=engine) as rig:
         fault = rig.device.inject("drop", opcode=lib.NVME_CMD_READ)
         lost = rig.submit(lib.NVME_CMD_READ, ring=rig.io_ring, nsid=1, prp1=rig.iova)
-        while not fault.count:
-            await trio.lowlevel.checkpoint()
+        await rig.until(lambda: fault.count)
         assert (await rig.admin(DELETE_SQ, cdw10=1)).status == 0
         assert (await rig.wait(lost, ring=rig.io_ring)).code == lib.NVME_SC_ABORT_QUEUE
         assert (await rig.admin(DELETE_CQ, cdw10=1)).status == 0

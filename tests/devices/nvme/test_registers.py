@@ -86,8 +86,7 @@ async def test_queues_that_do_not_translate_are_fatal() -> None:
         rig.write(CC, 4, lib.NVME_CC_ENABLE)
         assert rig.csts == RDY
         rig.doorbell(0, 1)
-        while rig.csts == RDY:
-            await trio.lowlevel.checkpoint()
+        await rig.until(lambda: rig.csts != RDY)
         assert rig.csts == RDY | CFS
 
 
@@ -128,8 +127,7 @@ async def test_shutdown(place: Place, engine: EngineKind, how: int, tmp_path: Pa
         assert (await rig.io(lib.NVME_CMD_WRITE, data=b"kept" * 1024)).status == 0
         assert image.read_bytes()[:4] == bytes(4)
         rig.write(CC, 4, rig.read(CC, 4) | how)
-        while rig.csts & lib.NVME_CSTS_SHST_MASK != lib.NVME_CSTS_SHST_CMPLT:
-            await trio.lowlevel.checkpoint()
+        await rig.until(lambda: rig.csts & lib.NVME_CSTS_SHST_MASK == lib.NVME_CSTS_SHST_CMPLT)
         assert image.read_bytes()[:4] == b"kept"
         rig.reset()
         assert rig.csts == RDY
@@ -140,8 +138,7 @@ async def test_unsafe_shutdowns_are_counted(shut_down: bool) -> None:
     async with running() as rig:
         if shut_down:
             rig.write(CC, 4, rig.read(CC, 4) | lib.NVME_CC_SHN_NORMAL)
-            while rig.csts & lib.NVME_CSTS_SHST_MASK != lib.NVME_CSTS_SHST_CMPLT:
-                await trio.lowlevel.checkpoint()
+            await rig.until(lambda: rig.csts & lib.NVME_CSTS_SHST_MASK == lib.NVME_CSTS_SHST_CMPLT)
             rig.disable()
         rig.device.power_cycle()
         rig.config_write(lib.PCI_COMMAND, 2, ON)

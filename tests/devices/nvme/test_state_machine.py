@@ -184,9 +184,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
         async def go() -> None:
             self.rig.write(lib.NVME_REG_CC, 4, self.rig.read(lib.NVME_REG_CC, 4) | how)
-            with trio.fail_after(30):
-                while self.rig.csts & lib.NVME_CSTS_SHST_MASK != lib.NVME_CSTS_SHST_CMPLT:
-                    await trio.lowlevel.checkpoint()
+            await self.rig.until(lambda: self.rig.csts & lib.NVME_CSTS_SHST_MASK == lib.NVME_CSTS_SHST_CMPLT)
 
         self.do(go)
         self.model.shut_down = True
@@ -461,9 +459,7 @@ class ControllerMachine(RuleBasedStateMachine):
             self.words[0] = 0xDEAD
             cid = self.push(sq, opcode, nsid=1, **self.pointer(1))
             self.rig.doorbell(sq.number, sq.tail)
-            with trio.fail_after(30):
-                while not made.count:
-                    await trio.lowlevel.checkpoint()
+            await self.rig.until(lambda: made.count)
             made.clear()
             return cid
 
@@ -503,9 +499,7 @@ class ControllerMachine(RuleBasedStateMachine):
         self.injected("fatal", pick, lib.NVME_CMD_WRITE)
 
         async def go() -> None:
-            with trio.fail_after(30):
-                while not self.rig.csts & lib.NVME_CSTS_CFS:
-                    await trio.lowlevel.checkpoint()
+            await self.rig.until(lambda: self.rig.csts & lib.NVME_CSTS_CFS)
 
         self.do(go)
         self.model.state = "dead"
@@ -545,9 +539,7 @@ class ControllerMachine(RuleBasedStateMachine):
         self.injected("vanish", 0, lib.NVME_CMD_WRITE)
 
         async def go() -> None:
-            with trio.fail_after(30):
-                while self.rig.csts != 0xFFFFFFFF:
-                    await trio.lowlevel.checkpoint()
+            await self.rig.until(lambda: self.rig.csts == 0xFFFFFFFF)
             self.rig.write(lib.NVME_REG_CC, 4, 0)
             assert self.rig.read(lib.NVME_REG_CAP, 8) == 0xFFFFFFFF_FFFFFFFF
 
