@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -38,19 +38,6 @@ REGISTERS, SRC, DST, COUNT, CMD, STATUS, DONE, FAULT = (
 OUT, IN = 1, 2
 OK, ABORTED, CANCELLED, BUSY = 1, 2, 3, 5
 READABLE, WRITABLE = 1, 2
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serve(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-async def client(served: Served) -> RawClient:
-    client = await served.connect()
-    await client.enable()
-    return client
 
 
 @pytest.fixture

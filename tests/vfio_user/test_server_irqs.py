@@ -44,13 +44,6 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def client(served: Served) -> RawClient:
-    client = await served.connect()
-    await client.enable()
-    return client
-
-
-@pytest.fixture
 def events() -> Iterator[list[int]]:
     """Forty eventfds."""
     with ExitStack() as stack:

@@ -24,19 +24,6 @@ BAR0, BAR2, COMMAND = 0x10, 0x18, 4
 SCRATCH, REGISTERS = 0x4000, 0x4000
 
 
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serve(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-async def client(served: Served) -> RawClient:
-    client = await served.connect()
-    await client.enable()
-    return client
-
-
 async def region(client: RawClient, index: int, argsz: int = 4096) -> tuple[RegionInfo, list[int]]:
     body = RegionInfo.request(index, argsz)
     reply = await client.call(lib.VFIO_USER_DEVICE_GET_REGION_INFO, body)
