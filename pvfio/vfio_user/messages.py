@@ -2,8 +2,8 @@
 
 Models every body of the vfio-user specification 0.9.2 (VERSION's is in version.py, descriptions and interrupts in
 messages_info.py) but those of device features and migration data, which have no meaning without migration. A message's
-header, its file descriptors and its delivery are the channel's. A body that cannot be raises ``WireError`` with the
-errno its sender is answered with; nothing here trusts a length or a count.
+header, its file descriptors, its delivery, and replies to DMA_READ and DMA_WRITE are the channel's. A body that cannot
+be raises ``WireError`` with the errno its sender is answered with; nothing here trusts a length or a count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from pvfio.abi import ffi, lib
-from pvfio.vfio_user.messages_info import DeviceInfo, IrqInfo, IrqSet, RegionInfo
+from pvfio.vfio_user.messages_info import Area, DeviceInfo, IrqInfo, IrqSet, RegionInfo
 from pvfio.vfio_user.wire import (
     END,
     PAGE,
@@ -31,6 +31,7 @@ from pvfio.vfio_user.wire import (
 )
 
 __all__ = [
+    "Area",
     "Body",
     "DeviceInfo",
     "DmaMap",
@@ -44,7 +45,6 @@ __all__ = [
     "dma_access",
     "parse_device_feature",
     "parse_dma_read",
-    "parse_dma_reply",
     "parse_dma_write",
     "parse_empty",
     "parse_region_io_fds",
@@ -153,15 +153,6 @@ def parse_dma_write(body: Body, most: int) -> tuple[int, memoryview]:
     if len(data) != count:
         raise WireError(errno.EINVAL, f"{len(data)} bytes follow instead of {count}")
     return address, data
-
-
-def parse_dma_reply(body: Body, address: int, count: int, *, read: bool) -> memoryview:
-    """The data of a reply (none of a DMA_WRITE's). EPROTO where it is not the answer to that request."""
-    found = unpack(_DMA_ACCESS, body)
-    data = memoryview(body)[_DMA_ACCESS.size :]
-    if found != (address, count) or len(data) != (count if read else 0):
-        raise WireError(errno.EPROTO, f"an answer of {len(data)} bytes about {found[0]:#x}")
-    return data
 
 
 # Regions.

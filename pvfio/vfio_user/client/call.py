@@ -30,10 +30,9 @@ class Call:
     ``abandoned``: nobody waits for it any more.
     """
 
-    __slots__ = ("abandoned", "body", "command", "done", "error", "event", "fds", "number", "operation")
+    __slots__ = ("abandoned", "body", "command", "done", "error", "event", "fds", "operation")
 
-    def __init__(self, number: int, command: int, operation: str) -> None:
-        self.number = number
+    def __init__(self, command: int, operation: str) -> None:
         self.command = command
         self.operation = operation
         self.done = False

@@ -24,9 +24,7 @@ from pvfio.abi import lib
 from pvfio.errors import DeadlineExceeded, VfioError
 from pvfio.vfio.device import DeviceInfo
 from pvfio.vfio_user.messages import (
-    DeviceInfo as WireDeviceInfo,
-)
-from pvfio.vfio_user.messages import (
+    Area,
     IrqInfo,
     IrqSet,
     RegionInfo,
@@ -34,15 +32,15 @@ from pvfio.vfio_user.messages import (
     parse_region_reply,
     region_access,
 )
+from pvfio.vfio_user.messages import (
+    DeviceInfo as WireDeviceInfo,
+)
 
 if TYPE_CHECKING:
     from pvfio.vfio_user.client.container import UserContainer
     from pvfio.vfio_user.client.link import Call, Link
 
-__all__ = ["Area", "UserFunction"]
-
-Area = tuple[int, int]
-"""(offset, size) in a region, in bytes."""
+__all__ = ["UserFunction"]
 
 _log = logging.getLogger("pvfio.vfio_user.client")
 
@@ -58,7 +56,6 @@ _MEMORY: Final[int] = lib.PCI_COMMAND_MEMORY
 _MASTER: Final[int] = lib.PCI_COMMAND_MASTER
 _HEADER: Final = 0x40
 _ROOM: Final = 4096
-_REFUSED: Final = (VfioError, DeadlineExceeded)
 
 
 class UserFunction:
@@ -298,10 +295,8 @@ class UserFunction:
 
     async def set_irqs(self, index: int, flags: int, start: int, count: int, fds: Sequence[int]) -> None:
         """SET_IRQS. With eventfds, in as many messages as the server takes descriptors for: the last vectors first, as
-        ``info``, ``regions`` and ``irqs`` are what the server said: VfioError EINVAL where it has no such region or
-        interrupt. ``region_fds``: the files of regions that can be mapped. ``decodes``: memory decoding is on.
-        ``flr_at``: where in configuration space a reset is asked for. they say how many there are. Raises EINVAL,
-        ENOTTY, and what the server refuses; what had been set then is not any more.
+        they say how many there are. Raises EINVAL, ENOTTY, and what the server refuses; what had been set then is not
+        any more.
         """
         info = self.irqs[index]
         if (

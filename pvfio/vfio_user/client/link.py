@@ -218,7 +218,7 @@ class Link:
         if channel is None:
             raise self.error(operation)
         number = self._number(operation)
-        call = Call(number, command, operation)
+        call = Call(command, operation)
         self._calls[number] = call
         try:
             try:

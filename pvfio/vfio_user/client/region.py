@@ -22,11 +22,11 @@ from pvfio.errors import VfioError
 from pvfio.memory.mapped import FdMapping, map_fd
 from pvfio.vfio.mapped_bar import mapped_bar
 from pvfio.vfio.region import Region
-from pvfio.vfio_user.messages import RegionInfo, region_access
+from pvfio.vfio_user.messages import Area, RegionInfo, region_access
 
 if TYPE_CHECKING:
     from pvfio.vfio_user.client.device import UserDevice
-    from pvfio.vfio_user.client.function import Area, UserFunction
+    from pvfio.vfio_user.client.function import UserFunction
 
 __all__ = ["UserRegion"]
 

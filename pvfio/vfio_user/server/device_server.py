@@ -61,11 +61,6 @@ class DeviceServer:
         self._idle = trio.Event()
         self.clients = 0
 
-    @property
-    def busy(self) -> bool:
-        """A client is connected, or being cleaned up after."""
-        return self._session is not None
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs the function's task, listens and serves until cancelled; started when clients can connect.
 
