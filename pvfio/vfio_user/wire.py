@@ -1,7 +1,8 @@
 """What every vfio-user message has: words in a fixed order, a refusal, a name.
 
-Models the fixed parts of structures as ``struct.Struct``, derived from ``abi/*.h``, and the error a body that cannot be
-is answered with. Not here: what is in the bodies (messages.py, messages_info.py, version.py).
+Models the fixed parts of structures as ``struct.Struct``, derived from ``abi/*.h``, the error a body that cannot be is
+answered with, and what an access of a region becomes on a bus. Not here: what is in the bodies (messages.py,
+messages_info.py, version.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "PAGE",
     "Body",
     "WireError",
+    "aligned_pieces",
     "check_argsz",
     "check_count",
     "check_range",
@@ -94,6 +96,18 @@ def unpack(form: struct.Struct, body: Body, *, exact: bool = False) -> tuple[int
 
 def wrong_size(form: struct.Struct, body: Body) -> WireError:
     return WireError(errno.EINVAL, f"a body of {len(body)} bytes instead of {form.size}")
+
+
+def aligned_pieces(offset: int, size: int, widest: int) -> list[tuple[int, int]]:
+    """Naturally aligned pieces of an access, as (offset, width), in ascending order."""
+    pieces, end = [], offset + size
+    while offset < end:
+        width = widest
+        while offset % width or offset + width > end:
+            width //= 2
+        pieces.append((offset, width))
+        offset += width
+    return pieces
 
 
 def check_argsz(argsz: int, form: struct.Struct) -> None:

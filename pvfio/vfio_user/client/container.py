@@ -25,8 +25,9 @@ from pvfio.errors import DeadlineExceeded, VfioBatchError, VfioError
 from pvfio.vfio.batch import Words, batch_of, ranges_of
 from pvfio.vfio.container import Container, IommuInfo
 from pvfio.vfio.ioas import extent_of
-from pvfio.vfio_user.client.memory import IOVA_RANGES, PAGE, Mapping, Mappings
+from pvfio.vfio_user.client.memory import IOVA_RANGES, Mapping, Mappings
 from pvfio.vfio_user.client.servers import Servers
+from pvfio.vfio_user.wire import PAGE
 
 if TYPE_CHECKING:
     from pvfio.memory import DmaBuffer

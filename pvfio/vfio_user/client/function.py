@@ -35,6 +35,7 @@ from pvfio.vfio_user.messages import (
 from pvfio.vfio_user.messages import (
     DeviceInfo as WireDeviceInfo,
 )
+from pvfio.vfio_user.wire import PAGE
 
 if TYPE_CHECKING:
     from pvfio.vfio_user.client.container import UserContainer
@@ -44,7 +45,6 @@ __all__ = ["UserFunction"]
 
 _log = logging.getLogger("pvfio.vfio_user.client")
 
-_PAGE: Final = 4096
 _CONFIG: Final[int] = lib.VFIO_PCI_CONFIG_REGION_INDEX
 _ROM: Final[int] = lib.VFIO_PCI_ROM_REGION_INDEX
 _REGIONS: Final[int] = lib.VFIO_PCI_NUM_REGIONS
@@ -233,7 +233,7 @@ class UserFunction:
             size = vectors * int(lib.PCI_MSIX_ENTRY_SIZE)
             self.msix_table = table & 7, table & ~7, size
             for where, length in ((table, size), (pba, -(-vectors // 64) * 8)):
-                first, end = (where & ~7) & -_PAGE, -(-((where & ~7) + length) // _PAGE) * _PAGE
+                first, end = (where & ~7) & -PAGE, -(-((where & ~7) + length) // PAGE) * PAGE
                 self.closed_areas.setdefault(where & 7, []).append((first, end - first))
 
     # Registers.

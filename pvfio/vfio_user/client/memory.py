@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pvfio.abi import ffi, lib
 from pvfio.errors import VfioError
-from pvfio.vfio_user.wire import WireError
+from pvfio.vfio_user.wire import PAGE, WireError
 
 if TYPE_CHECKING:
     from pvfio.memory import GuestMemory
 
 __all__ = ["IOVA_RANGES", "Mapping", "Mappings"]
 
-PAGE: Final = 4096
 IOVA_RANGES: Final = ((0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1))
 """What may be mapped: 48 bits, without the window in which a write is an interrupt."""
 

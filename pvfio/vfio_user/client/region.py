@@ -23,6 +23,7 @@ from pvfio.memory.mapped import FdMapping, map_fd
 from pvfio.vfio.mapped_bar import mapped_bar
 from pvfio.vfio.region import Region
 from pvfio.vfio_user.messages import Area, RegionInfo, region_access
+from pvfio.vfio_user.wire import PAGE, aligned_pieces
 
 if TYPE_CHECKING:
     from pvfio.vfio_user.client.device import UserDevice
@@ -33,7 +34,6 @@ __all__ = ["UserRegion"]
 _log = logging.getLogger("pvfio.vfio_user.client")
 
 _SIZES: Final = frozenset((1, 2, 4, 8))
-_PAGE: Final = 4096
 _ITEM: Final = 64
 _CONFIG: Final[int] = lib.VFIO_PCI_CONFIG_REGION_INDEX
 _ROM: Final[int] = lib.VFIO_PCI_ROM_REGION_INDEX
@@ -114,7 +114,7 @@ class UserRegion(Region):
         """As the base class says. What the server truncates afterwards reads as zero, and stores to it go nowhere."""
         self._device.check_open("mmap")
         inside = any(start <= offset and offset + size <= start + length for start, length in self.areas)
-        if not inside or size <= 0 or offset % _PAGE or size % _PAGE:
+        if not inside or size <= 0 or offset % PAGE or size % PAGE:
             raise self._error(errno.EINVAL, "mmap", offset, size)
         return self._map(offset, size).view()
 
@@ -139,15 +139,15 @@ class UserRegion(Region):
         if offset % _ITEM or not 0 <= offset <= self.size - _ITEM or self.index >= _ROM:
             raise self._error(errno.EINVAL, "movdir64b", offset, size)
         if self.closed_areas:
-            self.check_open("movdir64b", offset & -_PAGE, _PAGE)
+            self.check_open("movdir64b", offset & -PAGE, PAGE)
         self._device.check_open("movdir64b")
         if self.mmio is not None and self._stored(
             lib.pv_mmio_movdir64b, offset, ffi.from_buffer(items), size // _ITEM
         ):
             return
-        page, slot = offset & -_PAGE, offset % _PAGE
+        page, slot = offset & -PAGE, offset % PAGE
         for at in range(0, size, _ITEM):
-            body = region_access(page + (slot + at) % _PAGE, self.index, _ITEM)
+            body = region_access(page + (slot + at) % PAGE, self.index, _ITEM)
             self._link.post(_WRITE, body, data[at : at + _ITEM], operation="movdir64b")
 
     def enqcmd(self, offset: int, item: np.ndarray[Any, Any]) -> bool:
@@ -234,16 +234,8 @@ class UserRegion(Region):
     def _pieces(self, offset: int, size: int) -> list[tuple[int, int, bool]]:
         """An access as aligned (offset, width, in the MSI-X table) pieces."""
         start, end = self._hidden
-        widest = 4 if self.index == _CONFIG else 8
-        pieces = []
-        at, last = offset, offset + size
-        while at < last:
-            width = widest
-            while at % width or at + width > last:
-                width //= 2
-            pieces.append((at, width, start <= at < end))
-            at += width
-        return pieces
+        pieces = aligned_pieces(offset, size, 4 if self.index == _CONFIG else 8)
+        return [(at, width, start <= at < end) for at, width in pieces]
 
 
 def _areas(info: RegionInfo, closed: tuple[Area, ...]) -> tuple[Area, ...]:
@@ -251,7 +243,7 @@ def _areas(info: RegionInfo, closed: tuple[Area, ...]) -> tuple[Area, ...]:
     if not info.flags & _MMAP:
         return ()
     areas = list(info.areas or ((0, info.size),))
-    areas = [(-(-start // _PAGE) * _PAGE, (start + size) // _PAGE * _PAGE) for start, size in areas]
+    areas = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE) for start, size in areas]
     for first, length in closed:
         areas = [
             piece

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from pvfio.abi import ffi, lib
 from pvfio.silicon import BarInfo
 from pvfio.vfio_user.messages_info import RegionInfo
 from pvfio.vfio_user.server.function import Function
-from pvfio.vfio_user.wire import WireError
+from pvfio.vfio_user.wire import PAGE, WireError, aligned_pieces
 
 __all__ = ["Regions", "find_capability"]
 
@@ -34,7 +34,6 @@ _SUBMISSION: Final = 64
 _HEADER: Final = 64
 _BARS_END: Final[int] = lib.PCI_BASE_ADDRESS_0 + 4 * lib.PCI_STD_NUM_BARS
 _LINE: Final[int] = lib.PCI_INTERRUPT_LINE
-_PAGE: Final = 4096
 _CONTROL: Final = 0xC0
 """Enable and function mask, in the high byte of MSI-X Message Control (PCI Local Bus 3.0 6.8.2.3)."""
 
@@ -45,17 +44,6 @@ def find_capability(function: Function, wanted: int) -> int:
     while at and function.config_read(at, 1) != wanted:
         at = function.config_read(at + lib.PCI_CAP_LIST_NEXT, 1)
     return at
-
-
-def _pieces(offset: int, size: int, widest: int) -> Iterator[tuple[int, int]]:
-    """Naturally aligned pieces of an access, as (offset, width), in ascending order."""
-    end = offset + size
-    while offset < end:
-        width = widest
-        while offset % width or offset + width > end:
-            width //= 2
-        yield offset, width
-        offset += width
 
 
 class Regions:
@@ -147,7 +135,7 @@ class Regions:
             return self._config_read(offset, size)
         if size in _WIDTHS and not offset % size:
             return self._read_piece(index, offset, size)
-        return b"".join([self._read_piece(index, at, width) for at, width in _pieces(offset, size, 8)])
+        return b"".join([self._read_piece(index, at, width) for at, width in aligned_pieces(offset, size, 8)])
 
     def write(self, index: int, offset: int, data: memoryview | bytes) -> None:
         """REGION_WRITE. EINVAL outside the region."""
@@ -161,7 +149,7 @@ class Regions:
             return
         if not (size | offset) % _SUBMISSION and self._submit(index, offset, data):
             return
-        for at, width in _pieces(offset, size, 8):
+        for at, width in aligned_pieces(offset, size, 8):
             self._write_piece(index, at, data[at - offset : at - offset + width])
 
     def _check(self, index: int, offset: int, size: int) -> None:
@@ -190,7 +178,7 @@ class Regions:
         if index not in self._portals:
             self._portals[index] = self._function.mmio(index)
         portal = self._portals[index]
-        if portal is None or offset // _PAGE != (offset + len(data) - 1) // _PAGE:
+        if portal is None or offset // PAGE != (offset + len(data) - 1) // PAGE:
             return False
         source = ffi.from_buffer(data)
         return not lib.pv_mmio_movdir64b(portal, offset, source, len(data) // _SUBMISSION)
@@ -202,7 +190,9 @@ class Regions:
             raise WireError(errno.EINVAL, f"configuration space {offset:#x}+{size:#x}")
         read = self._function.config_read
         data = bytearray(
-            b"".join(read(at, width).to_bytes(width, "little") for at, width in _pieces(offset, size, 4))
+            b"".join(
+                read(at, width).to_bytes(width, "little") for at, width in aligned_pieces(offset, size, 4)
+            )
         )
         at = self._control_at - offset
         if 0 <= at < size:
@@ -217,7 +207,7 @@ class Regions:
             self._control = data[at] & _CONTROL
             real = self._function.config_read(self._control_at, 1)
             data = data[:at] + bytes((real,)) + data[at + 1 :]
-        for at, width in _pieces(offset, len(data), 4):
+        for at, width in aligned_pieces(offset, len(data), 4):
             value = int.from_bytes(data[at - offset : at - offset + width], "little")
             self._function.config_write(at, width, value)
         at = self._flr_at - offset
