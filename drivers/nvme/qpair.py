@@ -255,8 +255,8 @@ class VectorQueue(CommandQueue):
 
         A command is in flight for at most ``deadline`` seconds (the driver's): then it is aborted, and comes with
         status ABORT_REQ; where that does not help the controller is reset, and what was in flight comes with status
-        HOST_ABORTED_CMD. Nothing in flight: returns at once, nothing. Raises ``DeviceFailed`` once the device is given
-        up or gone, and everything was returned. Cancelled: nothing is lost.
+        HOST_ABORTED_CMD. Nothing in flight but what tasks await: returns at once, nothing. Raises ``DeviceFailed`` once
+        the device is given up or gone, and everything was returned. Cancelled: nothing is lost.
         """
         seconds = self._controller.deadline if deadline is None else deadline
         try:
@@ -265,16 +265,15 @@ class VectorQueue(CommandQueue):
             else:
                 await trio.lowlevel.checkpoint()
         except DeviceFailed:  # it completes nonsense: what is in flight is taken back
-            await self._make_safe(lambda: not self.outstanding, list, grace=0)
+            await self._make_safe(self._idle, list, grace=0)
         if self._ready:
             return self._taken(most)
         self._check()
         return NOTHING
 
     async def _wait_for_some(self, seconds: float) -> None:
-        while not self._ready and self._closed is None and self.outstanding:
-            since = self._ring.since[self._ring.since > 0]
-            oldest = int(since.min()) if len(since) else self._now()
+        while not self._something():
+            oldest = int(self._ring.since[self._unawaited()].min())
             left = seconds - (self._now() - oldest) / 1e9
             if not await self._until(self._something, left):
                 await self._make_safe(
@@ -282,13 +281,18 @@ class VectorQueue(CommandQueue):
                 )
 
     def _something(self) -> bool:
-        return bool(self._ready) or self._closed is not None or not self.outstanding
+        """Whether nothing has to be waited for: something is here, or nothing more will come."""
+        return bool(self._ready) or self._closed is not None or self._idle()
+
+    def _idle(self) -> bool:
+        """Whether tasks await all that is in flight."""
+        return self.outstanding == len(self._waiters)
 
     def _overdue(self, seconds: float) -> list[int]:
         """Identifiers of the commands nobody awaits that are in flight for so long."""
-        since = self._ring.since
-        late = np.flatnonzero((since > 0) & (since <= self._now() - int(seconds * 1e9)))
-        return [cid for cid in late.tolist() if cid not in self._waiters]
+        cids = self._unawaited()
+        late: list[int] = cids[self._ring.since[cids] <= self._now() - int(seconds * 1e9)].tolist()
+        return late
 
     # All of an array
 
@@ -315,6 +319,8 @@ class VectorQueue(CommandQueue):
         begun = ended = 0
         try:
             while ended < count:
+                if begun == ended:
+                    await self._wait_for_room(1, seconds, "transfer")
                 some = min(self.room, count - begun)
                 if some:
                     part = slice(begun, begun + some)
@@ -325,10 +331,10 @@ class VectorQueue(CommandQueue):
                 done = await self.reap(deadline=seconds)
                 status[place[done.cids]] = done.status
                 ended += len(done)
-                if not len(done) and not self.outstanding:
+                if not len(done) and self._idle():
                     raise DeadlineExceeded("transfer", seconds, device=self.device)
         except BaseException:
-            await self._make_safe(lambda: not self.outstanding, lambda: self._overdue(0))
+            await self._make_safe(self._idle, lambda: self._overdue(0))
             while self._ready:
                 self._taken(None)
             raise

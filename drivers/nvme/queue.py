@@ -25,6 +25,8 @@ from pvfio.drivers.nvme.sqe import Sqe
 from pvfio.errors import DeadlineExceeded, DeviceFailed, VfioError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pvfio.drivers.nvme.recovery import Controller
     from pvfio.vfio import Irq
 
@@ -268,6 +270,13 @@ class CommandQueue:
             self._lot.unpark_all()
         return True
 
+    def _unawaited(self) -> NDArray[np.intp]:
+        """The identifiers in flight that no task waits for by name."""
+        cids = self._ring.in_flight()
+        if not self._waiters:
+            return cids
+        return cids[[cid not in self._waiters for cid in cids.tolist()]]
+
     def _keep(self, taken: Completions) -> None:
         """Completions that nobody waits for by name."""
         self._ready.append(taken)
@@ -365,10 +374,9 @@ class CommandQueue:
         """The controller was reset: what it has not completed by now, it never will."""
         with suppress(DeviceFailed):  # nonsense in the queue: that is over now
             self._look()
-        cids = self._ring.in_flight()
+        others = self._unawaited()
         for command in self._waiters.values():
             command.aborted, command.done = reason, True
-        others = cids[[cid not in self._waiters for cid in cids.tolist()]]
         self._waiters.clear()
         if len(others):
             self._keep(Completions(others, np.full(len(others), _ABORTED, dtype=np.uint16), len(others)))

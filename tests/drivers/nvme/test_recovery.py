@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,54 @@ async def test_a_command_of_an_array_that_is_late_is_aborted(running: Any, autoj
         assert 1.9 <= trio.current_time() - began < 2.5
         assert sorted(second.cids.tolist()) == sorted(cids[2:4])
         assert second.status.tolist() == [lib.NVME_SC_ABORT_REQ] * 2
+        await check_works(r, buffer)
+
+
+@pytest.mark.parametrize("completion", ["polled", "interrupt", "hybrid"])
+async def test_a_reaper_and_commands_that_others_await(
+    running: Any, autojump_clock: Any, completion: str
+) -> None:
+    """They may take longer than what is reaped, and are nobody's but their tasks'."""
+    async with running(completion=completion, entries=4) as r:
+        buffer = await r.container.alloc(4 * BLOCK)
+        inject(r, lib.PV_NVME_INJECT_DROP, opcode=lib.NVME_CMD_VERIFY)
+
+        async def wait() -> None:
+            await r.nvme.verify(1, 0, 1, deadline=60)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.sleep(1)
+            inject(r, lib.PV_NVME_INJECT_DROP, skip=1, times=1)
+            with pytest.raises(BaseExceptionGroup) as caught:  # a transfer that is cancelled lets them be
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(
+                        partial(
+                            r.queue.transfer,
+                            lib.NVME_CMD_READ,
+                            1,
+                            lbas(2),
+                            1,
+                            addresses(buffer, 2),
+                            deadline=9,
+                        )
+                    )
+                    await trio.sleep(0.1)
+                    raise ZeroDivisionError
+            assert caught.group_contains(ZeroDivisionError)
+            assert r.queue.outstanding == 1
+            for _ in range(2):
+                nursery.start_soon(wait)
+            await trio.sleep(1)
+            began = trio.current_time()
+            assert len(await r.queue.reap(deadline=0.5)) == 0
+            assert trio.current_time() == began
+            with pytest.raises(DeadlineExceeded):  # there is no room
+                await r.queue.transfer(lib.NVME_CMD_READ, 1, lbas(1), 1, addresses(buffer, 1), deadline=0.5)
+            assert r.queue.outstanding == 3
+            nursery.cancel_scope.cancel()
+        await r.queue.transfer(lib.NVME_CMD_READ, 1, lbas(4), 1, addresses(buffer, 4))
+        lib.pv_nvme_inject_clear(r.function._nvme, -1)
         await check_works(r, buffer)
 
 
