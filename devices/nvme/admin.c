@@ -50,14 +50,21 @@ void pv_nvme_complete(struct pv_nvme *nvme, uint16_t cid, uint32_t status, uint6
     pv_engine_kick(nvme->engine);
 }
 
+/* With the lock held: all answers. */
+static struct nvme_answer *detach(struct pv_nvme *nvme)
+{
+    struct nvme_answer *first = nvme->answers;
+    nvme->answers = NULL;
+    nvme->answers_end = &nvme->answers;
+    for (struct nvme_answer *answer = first; answer; answer = answer->next)
+        atomic_fetch_sub(&nvme->inbox, 1);
+    return first;
+}
+
 void nvme_take_answers(struct pv_nvme *nvme)
 {
     pthread_mutex_lock(&nvme->lock);
-    struct nvme_answer *answer = nvme->answers;
-    nvme->answers = NULL;
-    nvme->answers_end = &nvme->answers;
-    for (struct nvme_answer *a = answer; a; a = a->next)
-        atomic_fetch_sub(&nvme->inbox, 1);
+    struct nvme_answer *answer = detach(nvme);
     pthread_mutex_unlock(&nvme->lock);
     while (answer) {
         struct nvme_answer *next = answer->next;
@@ -70,13 +77,12 @@ void nvme_take_answers(struct pv_nvme *nvme)
 void nvme_drop_admin(struct pv_nvme *nvme)
 {
     pthread_mutex_lock(&nvme->lock);
-    while (nvme->answers) {
-        struct nvme_answer *next = nvme->answers->next;
-        free(nvme->answers);
-        nvme->answers = next;
-        atomic_fetch_sub(&nvme->inbox, 1);
-    }
-    nvme->answers_end = &nvme->answers;
+    struct nvme_answer *answer = detach(nvme);
     nvme->admin_count = 0;
     pthread_mutex_unlock(&nvme->lock);
+    while (answer) {
+        struct nvme_answer *next = answer->next;
+        free(answer);
+        answer = next;
+    }
 }

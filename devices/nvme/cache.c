@@ -16,6 +16,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "bits.h"
+
 #define LINE 4096u
 
 struct nvme_cache {
@@ -119,9 +121,9 @@ int nvme_cache_write(struct nvme_cache *c, uint64_t offset, const void *data, ui
 /* Lines [first, last) are the file's again; with the lock held. */
 static void forget(struct nvme_cache *c, uint64_t first, uint64_t last)
 {
-    for (uint64_t line = first; line < last; line = (line / 64 + 1) * 64) {
-        uint64_t end = (line / 64 + 1) * 64 < last ? (line / 64 + 1) * 64 : last, word = line / 64;
-        uint64_t bits = (end - line < 64 ? (1ull << (end - line)) - 1 : UINT64_MAX) << line % 64;
+    for (uint64_t line = first; line < last; line = nvme_next_word(line)) {
+        uint64_t end = nvme_next_word(line) < last ? nvme_next_word(line) : last, word = line / 64;
+        uint64_t bits = nvme_bits_from(line, last);
         if (word >= c->words || !(c->dirty[word] & bits))
             continue;
         c->dirty[word] &= ~bits;

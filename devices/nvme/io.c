@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bits.h"
+
 enum { BYTE_NSID = 4, BYTE_SLBA = 40, BYTE_NLB = 48 };
 
 uint32_t nvme_check_range(struct nvme_io *io, uint64_t lba, uint64_t blocks)
@@ -24,32 +26,20 @@ uint32_t nvme_check_writable(const struct nvme_io *io)
     return io->ns->format.read_only ? DNR(NVME_SC_READ_ONLY) : 0;
 }
 
-/* A map of blocks, a word at a time: the bits of [at, end) in the word of `at`, and where the next word begins. */
-static uint64_t bits_from(uint64_t at, uint64_t end)
-{
-    uint64_t count = end - at < 64 - at % 64 ? end - at : 64 - at % 64;
-    return (count < 64 ? (1ull << count) - 1 : UINT64_MAX) << at % 64;
-}
-
-static uint64_t next_word(uint64_t at)
-{
-    return (at / 64 + 1) * 64;
-}
-
 bool nvme_usable(const struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
 {
     if (!ns->unusable_blocks)
         return true;
-    for (uint64_t at = lba, end = lba + blocks; at < end; at = next_word(at))
-        if (ns->unusable[at / 64] & bits_from(at, end))
+    for (uint64_t at = lba, end = lba + blocks; at < end; at = nvme_next_word(at))
+        if (ns->unusable[at / 64] & nvme_bits_from(at, end))
             return false;
     return true;
 }
 
 void nvme_make_usable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks)
 {
-    for (uint64_t at = lba, end = lba + blocks; ns->unusable_blocks && at < end; at = next_word(at)) {
-        uint64_t bits = ns->unusable[at / 64] & bits_from(at, end);
+    for (uint64_t at = lba, end = lba + blocks; ns->unusable_blocks && at < end; at = nvme_next_word(at)) {
+        uint64_t bits = ns->unusable[at / 64] & nvme_bits_from(at, end);
         ns->unusable[at / 64] &= ~bits;
         ns->unusable_blocks -= (uint64_t)__builtin_popcountll(bits);
     }
@@ -59,8 +49,8 @@ uint32_t nvme_make_unusable(struct nvme_namespace *ns, uint64_t lba, uint64_t bl
 {
     if (!ns->unusable && !(ns->unusable = calloc(ns->format.blocks / 64 + 1, sizeof(*ns->unusable))))
         return NVME_SC_INTERNAL;
-    for (uint64_t at = lba, end = lba + blocks; at < end; at = next_word(at)) {
-        uint64_t bits = bits_from(at, end) & ~ns->unusable[at / 64];
+    for (uint64_t at = lba, end = lba + blocks; at < end; at = nvme_next_word(at)) {
+        uint64_t bits = nvme_bits_from(at, end) & ~ns->unusable[at / 64];
         ns->unusable[at / 64] |= bits;
         ns->unusable_blocks += (uint64_t)__builtin_popcountll(bits);
     }
