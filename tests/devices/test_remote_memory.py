@@ -256,8 +256,9 @@ async def test_a_reset_ends_the_teaching_devices_dma() -> None:
 # DSA.
 
 
-async def test_dsa_commands_leave_the_trio_thread_free() -> None:
-    """An operation is kept waiting in the engine while a command wants the engine to pause."""
+@asynccontextmanager
+async def held_move(*enabled: int) -> AsyncIterator[Function]:
+    """A DSA with two WQs, one of whose operations is kept waiting in the engine; in the end it has succeeded."""
     function = Function(engine="thread")
     held = Held(IOVA + 0x100000, PAGE, lambda: function.bus)
     far, there = FarMemory(function.bus, held), np.full(PAGE, 0x77, np.uint8)
@@ -268,14 +269,13 @@ async def test_dsa_commands_leave_the_trio_thread_free() -> None:
         for wq in (0, 1):
             function.wq(wq, size=4, mode=DEDICATED | PRIORITY_1)
         assert await function.command(lib.IDXD_CMD_ENABLE_DEVICE) == 0
-        assert await function.command(lib.IDXD_CMD_ENABLE_WQ, 0) == 0
+        for wq in enabled:
+            assert await function.command(lib.IDXD_CMD_ENABLE_WQ, wq) == 0
         function.submit(
             lib.DSA_OPCODE_MEMMOVE, src_addr=IOVA + 0x100000, dst_addr=IOVA + PAGE, xfer_size=PAGE
         )
         await held.arrived()
-        function.order(lib.IDXD_CMD_ENABLE_WQ, 1)
-        for _ in range(20):
-            await trio.lowlevel.checkpoint()
+        yield function
         assert not function.memory[0]
         held.let_go.set()
         with trio.fail_after(LONGEST):
@@ -288,31 +288,16 @@ async def test_dsa_commands_leave_the_trio_thread_free() -> None:
     function.device.close()
 
 
+async def test_dsa_commands_leave_the_trio_thread_free() -> None:
+    """An operation is kept waiting in the engine while a command wants the engine to pause."""
+    async with held_move(0) as function:
+        function.order(lib.IDXD_CMD_ENABLE_WQ, 1)
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()
+
+
 async def test_dsa_resets_a_wq_beside_another() -> None:
     """The operation of one is kept waiting in the engine, and begins once more, while the other is reset."""
-    function = Function(engine="thread")
-    held = Held(IOVA + 0x100000, PAGE, lambda: function.bus)
-    far, there = FarMemory(function.bus, held), np.full(PAGE, 0x77, np.uint8)
-    far.map(IOVA + 0x100000, there)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(function.device.run)
-        function.group(0, 3, 1)
-        for wq in (0, 1):
-            function.wq(wq, size=4, mode=DEDICATED | PRIORITY_1)
-        assert await function.command(lib.IDXD_CMD_ENABLE_DEVICE) == 0
-        for wq in (0, 1):
-            assert await function.command(lib.IDXD_CMD_ENABLE_WQ, wq) == 0
-        function.submit(
-            lib.DSA_OPCODE_MEMMOVE, src_addr=IOVA + 0x100000, dst_addr=IOVA + PAGE, xfer_size=PAGE
-        )
-        await held.arrived()
+    async with held_move(0, 1) as function:
         function.order(lib.IDXD_CMD_RESET_WQ, 2)
         await a_worker_waits()
-        held.let_go.set()
-        with trio.fail_after(LONGEST):
-            assert await function.finish() == 0
-            while not function.memory[0]:
-                await trio.lowlevel.checkpoint()
-        assert function.memory[0] == lib.DSA_COMP_SUCCESS
-        nursery.cancel_scope.cancel()
-    function.device.close()
