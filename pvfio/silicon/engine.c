@@ -163,7 +163,8 @@ static void *run_thread(void *arg)
     uint64_t since = 0;
     if (e->poll_ns)
         prctl(PR_SET_TIMERSLACK, 1000ul); /* else 50 us come on top of every sleep */
-    idle(e, 0); /* no step before the first kick: the device may not have stored the engine yet */
+    while (!atomic_load(&e->kicks)) /* no step before the first: the device may not have stored the engine yet */
+        idle(e, 0);                 /* a futex may return for nothing */
     for (;;) {
         bool worked = false;
         uint32_t seen = atomic_load(&e->kicks); /* before `leaving`: the kick that follows it is never taken for an old one */
