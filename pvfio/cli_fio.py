@@ -179,22 +179,21 @@ def _check(options: FioOptions, jobs: Sequence[Job], found: Sequence[Clone], not
     """How many queues, and how many entries in each. ``UsageError`` for what cannot be."""
     if not jobs:
         raise UsageError("there is no job")
-    waves = [sum(clone.wave == wave for clone in found) for wave in {clone.wave for clone in found}]
-    if max(waves) > _MOST_QUEUES:
-        raise UsageError(f"{max(waves)} jobs side by side, and the controller has {_MOST_QUEUES} queues")
+    waves = [[clone for clone in found if clone.wave == wave] for wave in {clone.wave for clone in found}]
+    queues = max(len(wave) for wave in waves)
+    if queues > _MOST_QUEUES:
+        raise UsageError(f"{queues} jobs side by side, and the controller has {_MOST_QUEUES} queues")
     deepest = max(job.iodepth for job in jobs)
     if deepest > _DEEPEST:
         raise UsageError(f"iodepth={deepest}: the controller's queues take {_DEEPEST}")
-    needed = max(
-        sum(_stride(c.job) * c.job.iodepth + _BLOCK for c in found if c.wave == wave)
-        for wave in {c.wave for c in found}
-    )
+    needed = max(sum(_stride(c.job) * c.job.iodepth + _BLOCK for c in wave) for wave in waves)
     if needed > options.ram - 16 * _BLOCK:
         raise UsageError(f"buffers need {needed} bytes of the {options.ram} bytes of guest memory: use --ram")
     for path in (options.output, options.plot):
-        if path is not None:
-            check_output(path, options.files[0])
-    return max(waves), max(2, deepest + 1)
+        for source in (*options.files, options.image):
+            if path is not None and source is not None:
+                check_output(path, source)
+    return queues, max(2, deepest + 1)
 
 
 async def _main(options: FioOptions) -> int:
@@ -280,8 +279,8 @@ def _announce(jobs: Sequence[Job], work: Run) -> None:
     """What fio says before the jobs begin."""
     from pvfio.workloads.fio.report import VERSION, header_lines
 
-    for index, job in enumerate(jobs):
-        group = next(c.group for c in work.clones if c.job is jobs[index])
+    for job in jobs:
+        group = next(clone.group for clone in work.clones if clone.job is job)
         print("\n".join(header_lines(job, group)))
     count = len(work.clones)
     print(f"{VERSION}\nStarting {count} process{'es' if count > 1 else ''}", flush=True)

@@ -13,6 +13,7 @@ from pvfio import cli
 
 pytestmark = pytest.mark.touches_c
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "fio"
 SHORT = ("--option", "runtime=200ms", "--option", "ramp_time=0", "--option", "size=4m")
 
 
@@ -35,7 +36,7 @@ def job_file(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("example", sorted(Path("examples/fio").glob("*.fio")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.fio")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("engine", ["inline", "thread"])
 def test_examples_run(example: Path, engine: str, capfd: Any) -> None:
     found = document(capfd, str(example), "--engine", engine, *SHORT)
@@ -46,7 +47,7 @@ def test_examples_run(example: Path, engine: str, capfd: Any) -> None:
 
 
 def test_the_default_report(capfd: Any) -> None:
-    status, out, err = run(capfd, "examples/fio/randread.fio", *SHORT)
+    status, out, err = run(capfd, str(EXAMPLES / "randread.fio"), *SHORT)
     assert status == 0
     for part in (
         "randread: (g=0): rw=randread",
@@ -194,6 +195,12 @@ def test_options_of_the_command(tmp_path: Path, capfd: Any) -> None:
         assert part in err
     assert run(capfd, path, "--inject", "odd:lba=1")[0] == 2
     assert run(capfd, str(tmp_path / "none.fio"))[0] == 2
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4 << 20))
+    for precious in (path, str(image)):  # neither job file nor image becomes a report
+        assert run(capfd, path, "--image", str(image), "--output", precious)[0] == 2
+        assert run(capfd, path, "--image", str(image), "--plot", precious)[0] == 2
+    assert image.read_bytes() == bytes(4 << 20)
     report = tmp_path / "report.json"
     assert run(capfd, path, "--output-format", "json+", "--output", str(report))[0] == 0
     assert json.loads(report.read_text())["jobs"][0]["read"]["clat_ns"]["bins"]
