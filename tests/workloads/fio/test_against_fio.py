@@ -13,6 +13,7 @@ import pytest
 
 from pvfio import cli
 
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "fio"
 FIO = shutil.which("fio")
 pytestmark = [
     pytest.mark.touches_c,
@@ -187,9 +188,9 @@ def test_accepts_and_refuses_the_same(line: str, good: bool, tmp_path: Path, cap
     assert (ours, theirs) == (good, good)
 
 
-@pytest.mark.parametrize("example", sorted(Path("examples/fio").glob("*.fio")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.fio")), ids=lambda path: path.stem)
 def test_examples_are_fios_too(example: Path, tmp_path: Path) -> None:
-    found = fio("--parse-only", str(example.resolve()), folder=tmp_path)
+    found = fio("--parse-only", str(example), folder=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
 
 

@@ -28,8 +28,9 @@ class Listener:
 
         def on_submit(queue: NvmeQueue, ios: Ios, slots: NDArray[np.intp]) -> None:
             extents = zip(ios.offset.tolist(), ios.length.tolist(), strict=True)
-            self._extents |= dict(zip(slots.tolist(), extents, strict=True))
-            for slot, (_, length) in zip(slots.tolist(), self._extents.values(), strict=False):
+            begun = dict(zip(slots.tolist(), extents, strict=True))
+            self._extents |= begun
+            for slot, (_, length) in begun.items():
                 queue.buffer[slot * queue.stride : slot * queue.stride + length] = 0xEE
             submit(queue, ios, slots)
 
