@@ -1,10 +1,10 @@
 """What I/O a job issues, in order: direction, offset and length of each, some thousands at a time as vectors.
 
 Models ``rw=`` with its modifiers, block sizes (``bs``, ``bsrange``, ``bssplit``), the random map, distributions,
-``percentage_random``, ``rwmixread``, ``number_ios``, ``io_size`` and ``loops``. A pass ends after ``io_size`` bytes.
-With the random map and blocks of several sizes, the file is cut into pieces of those sizes, and the pieces come in
-random order, so that every byte is touched once a pass; fio shortens blocks instead that would overlap. Offsets are
-relative to the beginning of the job's file.
+``percentage_random``, ``rwmixread``, ``number_ios``, ``io_size`` and ``loops``. A pass ends after ``io_size`` bytes, or
+``number_ios``. With the random map and blocks of several sizes, the file is cut into pieces of those sizes, and the
+pieces come in random order, so that every byte is touched once a pass; fio shortens blocks instead that would overlap.
+Offsets are relative to the beginning of the job's file.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class Plan:
         self.job = job
         self._rng = np.random.default_rng(seed)
         self._passes = passes
-        smallest = min(job.least_block(direction) for direction in job.directions)
+        self._smallest = min(job.least_block(direction) for direction in job.directions)
         if job.grain % unit:
             raise ValueError(f"I/O at multiples of {job.grain} bytes is not of whole blocks of {unit}")
-        self.size = size // smallest * smallest
+        self.size = size // self._smallest * self._smallest
         largest = max(job.most_block(direction) for direction in job.directions)
         if self.size < largest:
             raise ValueError(f"blocks of {largest} bytes do not fit into {size}")
@@ -127,7 +127,9 @@ class Plan:
         if self._left <= 0 and not self._next_pass():
             self._chunk, self._position = Ios(*_nothing()), 0
             return
-        chunk = self._make(_CHUNK)
+        # No more than the pass may have left; a block that is trimmed and written is two.
+        count = min(_CHUNK, self._most_in(self._left), self._ios_left or _CHUNK)
+        chunk = self._make(max(2, count))
         # The pass ends with the I/O that reaches its size.
         done = np.cumsum(chunk.length, dtype=np.uint64)
         enough = int(np.searchsorted(done, self._left, side="left")) + 1
@@ -139,8 +141,12 @@ class Plan:
         if len(chunk):
             self._left -= int(done[len(chunk) - 1])
         if self._ios_left == 0:
-            self._left, self._passes = 0, 1
+            self._left = 0
         self._chunk, self._position = chunk, 0
+
+    def _most_in(self, size: int) -> int:
+        """How many blocks may begin in so many bytes."""
+        return -(-size // self._smallest)
 
     def _next_pass(self) -> bool:
         if self._passes is not None:
@@ -148,6 +154,7 @@ class Plan:
             if self._passes <= 0:
                 return False
         self._left = self._target
+        self._ios_left = self.job.number_ios or None
         self._sequential = dict.fromkeys(self._sequential, 0)
         self._pieces = None
         return True
@@ -213,13 +220,14 @@ class Plan:
         return found
 
     def _cut_all(self) -> Ios:
-        parts, done = [], 0
+        parts, done, pieces = [], 0, 0
         while done < self.size:
-            directions = self._directions(1 << 16)
+            directions = self._directions(min(1 << 16, self._most_in(self.size - done)))
             lengths = self._lengths(directions)
             parts.append((directions, lengths))
             done += int(lengths.sum())
-            if len(parts) << 16 > _MOST_PIECES:
+            pieces += len(lengths)
+            if pieces > _MOST_PIECES:
                 raise ValueError("too many blocks of several sizes for a random map: say norandommap")
         directions = np.concatenate([part[0] for part in parts])
         lengths = np.concatenate([part[1] for part in parts])
@@ -294,8 +302,9 @@ class Plan:
         while done < len(steps):
             if position >= self.size:
                 position = 0
-            ends = np.cumsum(steps[done:]) + position
-            fit = int(np.searchsorted(ends - steps[done:], self.size, side="left"))
+            likely = steps[done : done + self._most_in(self.size - position)]
+            ends = np.cumsum(likely) + position
+            fit = int(np.searchsorted(ends - likely, self.size, side="left"))
             part = slice(done, done + fit)
             offsets[part] = ends[:fit] - steps[part]
             position = int(ends[fit - 1])

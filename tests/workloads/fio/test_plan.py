@@ -91,12 +91,29 @@ def test_percentage_random() -> None:
 
 def test_passes_and_number_ios() -> None:
     assert len(everything(Plan(job("rw=read"), 16 << 10, 1, passes=3))) == 12
-    for passes in (1, 3, None):
-        assert len(everything(Plan(job("rw=randread", "number_ios=9"), 16 << 10, 1, passes=passes))) == min(
-            9, 4 * (passes or 9)
-        )
+    for number, passes, count in ((3, 1, 3), (3, 2, 6), (9, 1, 4), (9, 2, 8)):
+        plan = Plan(job("rw=randread", f"number_ios={number}"), 16 << 10, 1, passes=passes)
+        assert len(everything(plan)) == count
     plan = Plan(job("rw=randread"), 16 << 10, 1, passes=None)
     assert sum(len(plan.take(3)) for _ in range(100)) > 100
+
+
+@pytest.mark.parametrize("line", ["rw=read", "rw=randread", "rw=randread\nnorandommap", "rw=randtrimwrite"])
+def test_no_more_is_made_than_a_pass_has(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small passes, again and again: what is made and thrown away would be most of the time."""
+    made, make = 0, Plan._make
+
+    def watched(plan: Plan, count: int) -> Ios:
+        nonlocal made
+        chunk = make(plan, count)
+        made += len(chunk)
+        return chunk
+
+    monkeypatch.setattr(Plan, "_make", watched)
+    for lines in (line, line + "\nnumber_ios=8"):
+        made = 0
+        ios = everything(Plan(job(*lines.split("\n")), 64 << 10, 1, passes=10))
+        assert len(ios) <= made <= 1.5 * len(ios)
 
 
 def test_what_is_taken_back_comes_again() -> None:
