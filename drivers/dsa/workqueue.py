@@ -320,14 +320,13 @@ class SubmissionQueue:
         """Waits for the WQ's interrupt, on behalf of every task that waits for a record of this WQ."""
         assert self._irq is not None
         irq, vector = self._irq
+        end = trio.current_time() + self.driver.deadline  # then all look again; each has a deadline of its own
         try:
-            with trio.CancelScope() as self._listener:
+            with trio.CancelScope(deadline=end) as self._listener:
                 try:
-                    await irq.wait(vector, deadline=self.driver.deadline)
+                    await irq.fired(vector)
                 except (trio.ClosedResourceError, VfioError):  # torn down: a sweep follows, and wakes
                     await self._lot.park()
-        except DeadlineExceeded:
-            pass  # the operation's own deadline decides
         finally:
             self._listener = None
             self._reap_all()
