@@ -51,8 +51,8 @@ class SingleQueue(SubmissionQueue):
             if self.room < 1:
                 raise trio.WouldBlock
         submission = Submission(self, operation.name, 1, operation.keep)
-        piece = self._ring.take(submission, 0, 1)
         self._fill(operation, flags)
+        piece = self._ring.take(submission, 0, 1)
         self._descriptor.completion_addr = self._ring.address(piece)
         if not self._ring_portal(piece):
             raise trio.WouldBlock

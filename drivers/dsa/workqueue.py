@@ -123,7 +123,8 @@ class SubmissionQueue:
         not recycled before. Raises ``trio.WouldBlock`` when there is no room for all of them now,
         ``ValueError`` for another dtype or shape, or more than ``size``, ``DeviceFailed`` when the WQ is
         not enabled. A shared WQ may take only the first ones: the submission's ``count`` says how many
-        (none: ``trio.WouldBlock``).
+        (none: ``trio.WouldBlock``). ``VfioError`` where the portal cannot be written: some of several may have been
+        submitted, which ``keep`` is held for.
         """
         self._check(descriptors)
         count = len(descriptors)
@@ -151,16 +152,16 @@ class SubmissionQueue:
         """As ``submit_nowait``, but waits for room; the array may be longer than the WQ.
 
         Returns when the last descriptor is submitted. ``deadline`` in seconds bounds the wait:
-        ``DeadlineExceeded``. When that is raised, or the task is cancelled, what was submitted is finished
-        or taken back.
+        ``DeadlineExceeded``; ``VfioError`` where the portal cannot be written. When that is raised, or the task is
+        cancelled, what was submitted is finished or taken back.
         """
         self._check(descriptors)
         await trio.lowlevel.checkpoint()
         submission = Submission(self, operation, len(descriptors), keep)
-        if self.room >= len(descriptors) and self._push(submission, descriptors) == len(descriptors):
-            return submission
         seconds = self.driver.deadline if deadline is None else deadline
         try:
+            if self.room >= len(descriptors) and self._push(submission, descriptors) == len(descriptors):
+                return submission
             with trio.fail_after(seconds):
                 async with self._turn:
                     await self._push_all(submission, descriptors)
@@ -226,21 +227,29 @@ class SubmissionQueue:
         return self._flags | (int(lib.IDXD_OP_FLAG_RCI) if wanted else 0)
 
     def _ring_portal(self, piece: Piece) -> int:
-        """Writes the staged descriptors to the portal; a shared WQ may take fewer, and the piece shrinks."""
-        count = piece.count
+        """Writes the staged descriptors to the portal; a shared WQ may take fewer, and the piece shrinks. So it does on
+        ``VfioError``; but of several for a dedicated WQ some may have arrived then, and all of them count.
+        """
+        count, taken = piece.count, 0
         offset = self._portal + self._slot
-        if self.shared:
-            for index in range(count):
-                if not self._portals.enqcmd(offset, self._staging[index : index + 1]):
-                    self._ring.shrink(piece, index)
-                    count = index
-                    break
-        else:
-            self._portals.movdir64b(offset, self._first if count == 1 else self._staging[:count])
-            self._slot = (self._slot + count * int(lib.DSA_DESC_SIZE)) % int(lib.IDXD_PORTAL_SIZE)
-        piece.submission.submitted += count
-        self._outstanding += count
-        return count
+        try:
+            if self.shared:
+                while taken < count and self._portals.enqcmd(offset, self._staging[taken : taken + 1]):
+                    taken += 1
+            else:
+                taken = count
+                self._portals.movdir64b(offset, self._first if count == 1 else self._staging[:count])
+                self._slot = (self._slot + count * int(lib.DSA_DESC_SIZE)) % int(lib.IDXD_PORTAL_SIZE)
+        except VfioError:
+            if not self.shared and count == 1:
+                taken = 0
+            raise
+        finally:
+            if taken < count:
+                self._ring.shrink(piece, taken)
+            piece.submission.submitted += taken
+            self._outstanding += taken
+        return taken
 
     # Completion
 
@@ -320,7 +329,9 @@ class SubmissionQueue:
         """Waits for the WQ's interrupt, on behalf of every task that waits for a record of this WQ."""
         assert self._irq is not None
         irq, vector = self._irq
-        end = trio.current_time() + self.driver.deadline  # then all look again; each has a deadline of its own
+        end = (
+            trio.current_time() + self.driver.deadline
+        )  # then all look again; each has a deadline of its own
         try:
             with trio.CancelScope(deadline=end) as self._listener:
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import trio
 
 from pvfio.drivers.dsa import WqConfig, descriptors
-from pvfio.errors import DeadlineExceeded
+from pvfio.errors import DeadlineExceeded, VfioError
 
 pytestmark = pytest.mark.touches_c
 
@@ -151,3 +152,40 @@ async def test_slow_descriptors_do_not_mix_up_records(running: Any, kind: Kind) 
         for bad, submission in submissions:
             records = await submission.wait()
             assert int(records["status"][0]) == (0x83 if bad else 1)
+
+
+@pytest.mark.parametrize("wqs", [SMALL, SHARED], ids=["dedicated", "shared"])
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_portal_that_cannot_be_written(
+    running: Any, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch, wqs: Any, count: int
+) -> None:
+    """As one of a server that does not read: at most the first descriptor arrives. Nothing is lost, and the buffers are
+    the caller's.
+    """
+    async with running(wqs=wqs, grace=0.1) as r:
+        a, b = await r.container.alloc(4096), await r.container.alloc(4096)
+        moves = descriptors.memmove(b.iova + np.arange(count, dtype=np.uint64) * 64, a, 64)
+        arrives = iter([count > 1, False])
+
+        def deaf_after_the_first(store: Any) -> Any:
+            def deaf(offset: int, items: Any) -> Any:
+                if next(arrives):
+                    store(offset, items[:1])
+                    if len(items) == 1:
+                        return True
+                raise VfioError(errno.EAGAIN, "submission")
+
+            return deaf
+
+        with monkeypatch.context() as patch:
+            for name in ("movdir64b", "enqcmd"):
+                patch.setattr(r.wq._portals, name, deaf_after_the_first(getattr(r.wq._portals, name)))
+            with pytest.raises(VfioError):
+                await (r.wq.memmove(b, a, 64) if count == 1 else r.wq.submit(moves))
+        assert (r.wq.outstanding, r.wq.room) == (0, r.wq.size)
+        b[:] = 7
+        await r.wq.drain()
+        assert np.all(b == 7)
+        await (await r.wq.submit(descriptors.noop(20))).wait()
+        await r.dsa.reset()
+        assert (r.wq.outstanding, r.wq.room) == (0, r.wq.size)
