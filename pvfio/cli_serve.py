@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pvfio.devices.pci import PciFunction
     from pvfio.silicon import TableBus
 
-__all__ = ["KINDS", "ServeOptions", "ServedSpec", "make_spec", "parse_device", "run", "serve"]
+__all__ = ["KINDS", "ServedSpec", "make_spec", "parse_device", "serve"]
 
 _MANY: Final = "image"
 """The word that may be repeated."""
@@ -75,15 +75,6 @@ class ServedSpec:
     words: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """The command's options. ``mode``: permissions of the sockets; ``wire``: a line for every message."""
-
-    devices: tuple[ServedSpec, ...]
-    mode: int = 0o600
-    wire: bool = False
-
-
 def parse_device(text: str) -> ServedSpec:
     """``KIND,socket=PATH[,WORD=VALUE]...``. ``UsageError`` for what cannot be."""
     kind, *rest = text.replace(",,", "\0").split(",")
@@ -127,30 +118,33 @@ def serve(
     mode: int,
     wire: bool,
 ) -> int:
-    """The command: one device by ``kind``, ``socket`` and ``words``, or those of ``devices``, or both. As ``run``."""
-    try:
-        specs = [parse_device(text) for text in devices]
-        if kind is not None and socket is not None:
-            specs.insert(0, make_spec(kind, socket, words))
-        elif kind is not None or socket is not None or words:
-            raise UsageError("a device needs a kind and a --socket")
-        if not specs:
-            raise UsageError("nothing to serve: name a device and its --socket, or --device")
-    except UsageError as error:
-        print(f"pvfio: {error}", file=sys.stderr)
-        return 2
-    return run(ServeOptions(tuple(specs), mode, wire))
+    """The command: one device by ``kind``, ``socket`` and ``words``, or those of ``devices``, or both. 0: ended by a
+    signal; 1: a device cannot be, or crashed; 2: the request cannot be.
+    """
+
+    async def main() -> int:
+        specs = _specs(kind, socket, words, devices)
+        logging.basicConfig(format="pvfio: %(message)s", level=logging.INFO if wire else logging.WARNING)
+        _raise_file_limit()
+        return await _serve(specs, mode, wire)
+
+    return run_program(main)
 
 
-def run(options: ServeOptions) -> int:
-    """Serves. 0: ended by a signal; 1: a device cannot be, or crashed; 2: the request cannot be."""
-    paths = [os.path.abspath(spec.socket) for spec in options.devices]
-    if len(set(paths)) != len(paths):
-        print("pvfio: two devices with one socket", file=sys.stderr)
-        return 2
-    logging.basicConfig(format="pvfio: %(message)s", level=logging.INFO if options.wire else logging.WARNING)
-    _raise_file_limit()
-    return run_program(lambda: _serve(options))
+def _specs(
+    kind: str | None, socket: Path | None, words: list[tuple[str, str]], devices: list[str]
+) -> list[ServedSpec]:
+    """What is served. ``UsageError`` for what cannot be."""
+    specs = [parse_device(text) for text in devices]
+    if kind is not None and socket is not None:
+        specs.insert(0, make_spec(kind, socket, words))
+    elif kind is not None or socket is not None or words:
+        raise UsageError("a device needs a kind and a --socket")
+    if not specs:
+        raise UsageError("nothing to serve: name a device and its --socket, or --device")
+    if len({os.path.abspath(spec.socket) for spec in specs}) != len(specs):
+        raise UsageError("two devices with one socket")
+    return specs
 
 
 def _raise_file_limit() -> None:
@@ -160,21 +154,22 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(options: ServeOptions) -> int:
+async def _serve(devices: Sequence[ServedSpec], mode: int, wire: bool) -> int:
+    """``mode``: permissions of the sockets; ``wire``: a line for every message."""
     from pvfio.silicon import TableBus
     from pvfio.vfio_user.server import DeviceServer
 
     with ExitStack() as stack, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         servers, functions = [], []
-        for spec in options.devices:
+        for spec in devices:
             bus = TableBus()
             function = _make(spec, bus)
             stack.callback(function.close)
             functions.append(function)
-            log = _printer(spec) if options.wire else None
-            servers.append(DeviceServer(function, bus, path=spec.socket, mode=options.mode, log=log))
+            log = _printer(spec) if wire else None
+            servers.append(DeviceServer(function, bus, path=spec.socket, mode=mode, log=log))
         async with trio.open_nursery() as nursery:
-            for spec, server in zip(options.devices, servers, strict=True):
+            for spec, server in zip(devices, servers, strict=True):
                 await nursery.start(server.run)
                 print(f"pvfio: {spec.kind} at {spec.socket}", flush=True)
             print("pvfio: ready", flush=True)
