@@ -137,7 +137,7 @@ def parse_namespace(nsid: int, page: bytes) -> Namespace | None:
     if not n.nsze:
         return None
     index = n.flbas & lib.NVME_FLBAS_INDEX_MASK | (n.flbas >> 5 & 3) << 4
-    formats = tuple(LbaFormat(1 << n.lbaf[i].ds, n.lbaf[i].ms) for i in range(n.nlbaf + 1))
+    formats = tuple(LbaFormat(1 << n.lbaf[i].ds, n.lbaf[i].ms) for i in range(min(n.nlbaf + 1, len(n.lbaf))))
     chosen = LbaFormat(1 << n.lbaf[index].ds, n.lbaf[index].ms)
     return Namespace(
         nsid=nsid,

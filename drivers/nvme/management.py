@@ -22,6 +22,7 @@ from pvfio.drivers.nvme.logs import (
 )
 from pvfio.drivers.nvme.recovery import Controller
 from pvfio.drivers.nvme.sqe import Sqe
+from pvfio.errors import DeviceFailed
 
 if TYPE_CHECKING:
     from pvfio.drivers.nvme.admin import AdminQueue
@@ -72,7 +73,10 @@ class Management(Controller):
         cns = lib.NVME_ID_CNS_NS_PRESENT_LIST if present else lib.NVME_ID_CNS_NS_ACTIVE_LIST
         numbers: list[int] = []
         while True:
-            some = parse_list(await self.admin.identify(cns, numbers[-1] if numbers else 0))
+            last = numbers[-1] if numbers else 0
+            some = parse_list(await self.admin.identify(cns, last))
+            if some and (some[0] <= last or some != sorted(some)):  # else it would never end
+                raise DeviceFailed(self.name, "its list of namespaces is in no order")
             numbers += some
             if len(some) < _LIST_LENGTH:
                 return numbers

@@ -34,6 +34,8 @@ __all__ = ["Controller"]
 
 _REFUSED: Final = (NvmeError, OperationAborted, DeadlineExceeded, DeviceFailed, VfioError)
 _ADMIN_ENTRIES: Final = 32
+_PAGE_SHIFT: Final = 12  # of PRPs (prp.py)
+_LONGEST_SHUTDOWN: Final = 60.0  # seconds; RTD3E can say more than an hour
 _LONGEST_LIST: Final = 2 << 20  # what a PRP list of one page describes
 _EVENT_REQUESTS: Final = 4
 _WARNINGS: Final[int] = (
@@ -104,6 +106,8 @@ class Controller:
         self.capabilities = await self._registers.capabilities()
         if not self.capabilities.nvm:
             raise DeviceFailed(self.name, "it has no NVM command set")
+        if self.capabilities.page_shift > _PAGE_SHIFT:
+            raise DeviceFailed(self.name, f"its pages have {1 << self.capabilities.page_shift} bytes or more")
         vectors = min(self._irq.count, 1 + len(self._completions))
         if vectors:
             await self._irq.enable(vectors)
@@ -151,7 +155,8 @@ class Controller:
 
     async def _enable_queues(self) -> None:
         for queue in self.queues:
-            vector = queue.id if queue.id < self._irq.enabled and queue.completion != "polled" else None
+            interrupts = self._completions[queue.id - 1] != "polled" and queue.id < self._irq.enabled
+            vector = queue.id if interrupts else None
             await self.admin.create_queues(queue.id, queue._ring, vector, deadline=self.admin_deadline)
             queue._open((self._irq, vector) if vector is not None else None)
         await self._listen_to_events()
@@ -195,7 +200,8 @@ class Controller:
         for queue in self.queues:
             queue._pause()
             await self.admin.delete_queues(queue.id, deadline=self.admin_deadline)
-        await self._registers.shut_down(max(self.controller.rtd3e, self.admin_deadline))
+        rtd3e = min(self.controller.rtd3e, _LONGEST_SHUTDOWN)
+        await self._registers.shut_down(max(rtd3e, self.admin_deadline))
 
     async def _reset_function(self) -> None:
         try:

@@ -1,6 +1,6 @@
 """Controller registers: capabilities, enabling, disabling, shutting down (NVMe Base 2.0c 3.1.3, 3.5, 3.6).
 
-Every wait has a deadline: CAP.TO, or RTD3E for a shutdown where the controller says one.
+Every wait has a deadline: CAP.TO, or RTD3E, at most a minute, for a shutdown where the controller says one.
 """
 
 from __future__ import annotations

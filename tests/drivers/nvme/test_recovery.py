@@ -444,3 +444,15 @@ async def test_completions_of_which_the_controller_cannot_be_told_are_not_lost(
             deaf.setattr(region, "write_nowait", refuse)
             assert (await r.queue.reap()).cids.tolist() == cids.tolist()
         await check_works(r, buffer)
+
+
+async def test_a_queue_has_its_interrupt_after_a_reset_too(running: Any, autojump_clock: Any) -> None:
+    """However completion was learned of at the time."""
+    async with running(completion="interrupt") as r:
+        buffer = await r.container.alloc(BLOCK)
+        r.queue.completion = "polled"
+        await r.nvme.reset()
+        r.queue.completion = "interrupt"
+        began = trio.current_time()
+        await check_works(r, buffer)
+        assert trio.current_time() == began
