@@ -23,6 +23,7 @@ from pvfio.workloads.fio.setters import (
     a_size,
     a_time,
     a_word,
+    an_interval,
     block_range,
     block_size,
     distribution,
@@ -94,7 +95,7 @@ OPTIONS: Final[dict[str, Setter]] = {
     "rate_iops": three("rate_iops", scalar),
     "rate_min": three("rate_min", scalar),
     "rate_iops_min": three("rate_iops_min", scalar),
-    "rate_cycle": a_time("rate_cycle", "ms"),
+    "rate_cycle": an_interval("rate_cycle", "ms"),
     "max_latency": three("max_latency", lambda word, draft: values.parse_time(word, unit="us")),
     "latency_target": a_time("latency_target", "us"),
     "latency_window": a_time("latency_window", "us"),
@@ -103,7 +104,7 @@ OPTIONS: Final[dict[str, Setter]] = {
     "steadystate": set_steady,
     "steadystate_duration": a_time("steady_duration"),
     "steadystate_ramp_time": a_time("steady_ramp"),
-    "steadystate_check_interval": a_time("steady_interval"),
+    "steadystate_check_interval": an_interval("steady_interval"),
     "rate_process": a_word("rate_process", "linear", "poisson"),
     "thinktime": a_time("thinktime", "us"),
     "thinktime_blocks": whole_number("thinktime_blocks", 1),
@@ -134,8 +135,8 @@ OPTIONS: Final[dict[str, Setter]] = {
     "disable_bw_measurement": a_flag("disable_bw"),
     "gtod_reduce": set_gtod_reduce,
     "unified_rw_reporting": set_unified,
-    "bwavgtime": a_time("bw_interval", "ms"),
-    "iopsavgtime": a_time("iops_interval", "ms"),
+    "bwavgtime": an_interval("bw_interval", "ms"),
+    "iopsavgtime": an_interval("iops_interval", "ms"),
     "write_bw_log": log_name("write_bw_log", "bw"),
     "write_iops_log": log_name("write_iops_log", "iops"),
     "write_lat_log": log_name("write_lat_log", "lat"),
@@ -212,7 +213,7 @@ def _check(job: Job) -> None:
     if job.verify_only and not job.verify:
         raise ValueError("verify_only needs verify")
     _check_rates(job)
-    if job.steady_duration and (job.steady_interval <= 0 or job.steady_duration < 2 * job.steady_interval):
+    if job.steady_duration and job.steady_duration < 2 * job.steady_interval:
         raise ValueError("steadystate_duration is at least two steadystate_check_interval")
     for direction in job.directions:
         if job.most_block(direction) > 1 << 26:

@@ -25,6 +25,7 @@ __all__ = [
     "a_size",
     "a_time",
     "a_word",
+    "an_interval",
     "block_range",
     "block_size",
     "distribution",
@@ -115,6 +116,18 @@ def a_time(name: str, unit: str = "s") -> Setter:
     return plain(name, lambda text: values.parse_time(text, unit=unit))
 
 
+def an_interval(name: str, unit: str = "s") -> Setter:
+    """A time after which something comes again: at least a millisecond."""
+
+    def parse(text: str) -> int:
+        found = values.parse_time(text, unit=unit)
+        if found < values.SECOND // 1000:
+            raise ValueError(f"{text!r} is below a millisecond")
+        return found
+
+    return plain(name, parse)
+
+
 def a_flag(name: str) -> Setter:
     """0 or 1."""
 
@@ -188,7 +201,7 @@ def scalar(word: str, draft: Draft) -> int:
 def percentage(word: str, draft: Draft) -> int:
     """0 to 100."""
     value = values.parse_int(word.removesuffix("%"))
-    if value > 100:
+    if not 0 <= value <= 100:
         raise ValueError(f"{value} is not a percentage")
     return value
 

@@ -196,6 +196,11 @@ WRONG = [
     ("rate=1k\nrate_min=2k", "exceeds"),
     ("rate_iops=1\nrate=1", "exclusive"),
     ("sync=maybe", "maybe"),
+    ("percentage_random=-5", "-5"),
+    ("ss_interval=0", "below a millisecond"),
+    ("bwavgtime=0", "below a millisecond"),
+    ("iopsavgtime=999us", "below a millisecond"),
+    ("rate_cycle=0", "below a millisecond"),
     ("verify=md5\nbssplit=4k/50:6k/50\nverify_interval=4k", "verify_interval=4096"),
     ("rate_min=1\nrate_iops_min=1", "exclusive"),
 ]
