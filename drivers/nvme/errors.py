@@ -37,12 +37,8 @@ def _status_names() -> dict[int, str]:
 
 
 @cache
-def _opcode_names(admin: bool) -> dict[int, str]:
-    if not admin:
-        return {int(getattr(lib, f"NVME_CMD_{name}")): name.lower() for name in _IO_OPCODES}
-    prefix = "NVME_ADMIN_"
-    names = (name for name in dir(lib) if name.startswith(prefix))
-    return {int(getattr(lib, name)): name.removeprefix(prefix).lower() for name in names}
+def _opcode_names() -> dict[int, str]:
+    return {int(getattr(lib, f"NVME_CMD_{name}")): name.lower() for name in _IO_OPCODES}
 
 
 def status_name(status: int) -> str:
@@ -50,9 +46,9 @@ def status_name(status: int) -> str:
     return _status_names().get(status & _MASK, f"{status & _MASK:#05x}")
 
 
-def opcode_name(opcode: int, *, admin: bool = False) -> str:
-    """The name of an opcode of the NVM command set, or of the admin command set."""
-    return _opcode_names(admin).get(opcode, f"opcode {opcode:#04x}")
+def opcode_name(opcode: int) -> str:
+    """The name of an opcode of the NVM command set."""
+    return _opcode_names().get(opcode, f"opcode {opcode:#04x}")
 
 
 class NvmeError(PvfioError):

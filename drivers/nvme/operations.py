@@ -26,7 +26,6 @@ __all__ = ["QueuePair"]
 
 _MOST_BLOCKS: Final = 1 << 16
 _COPY_RANGES: Final = 128
-_SGL: Final[int] = lib.NVME_CMD_SGL_METABUF
 
 
 class QueuePair(VectorQueue):

@@ -17,11 +17,9 @@ from pvfio.errors import DeadlineExceeded, DeviceFailed
 if TYPE_CHECKING:
     from pvfio.vfio import Region
 
-__all__ = ["GONE", "Capabilities", "Registers"]
+__all__ = ["Capabilities", "Registers"]
 
-GONE: Final = 0xFFFFFFFF
-"""What a register of a device that is not there reads as."""
-
+_GONE: Final = 0xFFFFFFFF  # what a register of a device that is not there reads as
 _FIRST_NAP: Final = 50e-6
 _LONGEST_NAP: Final = 5e-3
 _SHST: Final[int] = lib.NVME_CSTS_SHST_MASK
@@ -40,7 +38,6 @@ class Capabilities:
     page_shift: int
     version: int
     nvm: bool
-    subsystem_reset: bool
 
     @classmethod
     def parse(cls, cap: int, version: int) -> Capabilities:
@@ -52,7 +49,6 @@ class Capabilities:
             page_shift=12 + (cap >> int(lib.NVME_CAP_MPSMIN_SHIFT) & 0xF),
             version=version,
             nvm=bool(cap >> int(lib.NVME_CAP_CSS_SHIFT) & int(lib.NVME_CAP_CSS_NVM)),
-            subsystem_reset=bool(cap >> int(lib.NVME_CAP_NSSRS_SHIFT) & 1),
         )
 
     def doorbells(self, queue: int) -> tuple[int, int]:
@@ -77,7 +73,7 @@ class Registers:
     async def status(self) -> int:
         """CSTS."""
         status = await self.region.read(lib.NVME_REG_CSTS, 4)
-        if status == GONE:
+        if status == _GONE:
             raise DeviceFailed(self._device, "removed")
         return status
 

@@ -48,8 +48,3 @@ class Sqe:
             self.cdw14,
             self.cdw15,
         )
-
-    @property
-    def lba(self) -> int:
-        """Starting LBA of the commands that have one."""
-        return self.cdw11 << 32 | self.cdw10

@@ -2,8 +2,9 @@
  * Waiting for memory that a device writes: a phase bit, a status word, the status bytes of completion records; and for an
  * eventfd.
  *
- * A wait looks, spins a few microseconds, then sleeps in steps that grow to 1 ms. Every look is an acquire load: what the
- * device wrote before the word is visible once the word is. The caller's memory stays mapped during the call.
+ * A wait looks, spins a few microseconds (pv_wait_run: 50), then sleeps in steps that grow to 1 ms. Every look is an
+ * acquire load: what the device wrote before the word is visible once the word is. The caller's memory stays mapped during
+ * the call.
  *
  * Not modelled: UMONITOR/UMWAIT.
  */
