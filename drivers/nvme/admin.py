@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["AdminQueue", "AsyncEvent", "Pages"]
 
 PAGE: Final = 4096
+_MOST_EVENTS: Final = 256  # that nobody took: then no more are asked for
 _EVENT_TYPES: Final = {0: "error", 1: "smart", 2: "notice", 6: "io", 7: "vendor"}
 
 
@@ -88,6 +89,7 @@ class AdminQueue(CommandQueue):
         super().__init__(controller, 0, ring, "hybrid")
         self.events: deque[AsyncEvent] = deque()
         self._requests: list[Command] = []
+        self._wanted = 0
 
     # Queues
 
@@ -245,27 +247,33 @@ class AdminQueue(CommandQueue):
 
     def request_events(self, count: int) -> None:
         """Keeps that many requests with the controller (NVMe Base 2.0c 5.2)."""
-        self._requests.clear()
-        for _ in range(count):
-            self._request()
+        self._requests = [command for command in self._requests if not command.done]
+        self._wanted = count
+        self._request()
 
     def _request(self) -> None:
-        command = Command("asynchronous event")
-        self._start((command, Sqe(lib.NVME_ADMIN_ASYNC_EVENT)))
-        self._requests.append(command)
+        """Makes up the requests, unless nobody takes the events."""
+        while len(self._requests) < self._wanted and len(self.events) < _MOST_EVENTS:
+            if self._closed is not None or self.room < 1:
+                return
+            command = Command("asynchronous event")
+            self._start((command, Sqe(lib.NVME_ADMIN_ASYNC_EVENT)))
+            self._requests.append(command)
 
     def _hand_out(self, taken: Completions) -> Completions:
         others = super()._hand_out(taken)
         for command in [command for command in self._requests if command.done]:
             self._requests.remove(command)
-            if not command.status and command.aborted is None:
+            if command.status:
+                self._wanted -= 1  # it takes no more
+            elif command.aborted is None:
                 self.events.append(AsyncEvent.parse(command.result))
-                if self._closed is None and not self._paused:
-                    self._request()
+        self._request()
         return others
 
     async def next_event(self) -> AsyncEvent:
         """Waits for an event, however long that takes. Cancelled: none is lost."""
         await self._until(lambda: bool(self.events) or self._closed is not None)
         self._check()
+        self._request()
         return self.events.popleft()

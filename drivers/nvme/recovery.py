@@ -327,5 +327,5 @@ class Controller:
         except DeviceFailed:
             self._lost = "removed"
             return False
-        except VfioError:  # memory decoding is off: somebody resets the function
+        except (VfioError, DeadlineExceeded):  # somebody resets the function, or a server does not say
             return True

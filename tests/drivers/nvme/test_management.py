@@ -10,7 +10,7 @@ import trio
 
 from pvfio.abi import lib
 from pvfio.devices.nvme import NamespaceSpec, NvmeConfig
-from pvfio.drivers.nvme import AsyncEvent, NvmeDriver, NvmeError, recovery, status_name
+from pvfio.drivers.nvme import AsyncEvent, NvmeDriver, NvmeError, admin, recovery, status_name
 
 pytestmark = pytest.mark.touches_c
 
@@ -177,6 +177,31 @@ async def test_events_of_a_controller_that_takes_one_request(
             assert event.information == lib.NVME_AER_SMART_TEMPERATURE
             r.function.health.set(temperature=300)
             await r.nvme.smart_log()
+
+
+class Unmasked(dict[int, int]):
+    """A controller that sends an event again before its log page was read."""
+
+    def __setitem__(self, kind: int, log: int) -> None:
+        pass
+
+
+async def test_events_that_nobody_takes(running: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that has no end of them fills no memory and holds nobody up; none of those it sent is lost."""
+    monkeypatch.setattr(admin, "_MOST_EVENTS", 5)
+    async with running(*kind) as r:
+        r.function.events._masked = Unmasked()
+        for number in range(30):
+            r.function.events.post(7, number, 0xC0)
+        with trio.fail_after(10):
+            while r.nvme.admin.outstanding:
+                await r.nvme.get_features(lib.NVME_FEAT_TEMP_THRESH)
+        assert 5 <= len(r.nvme.admin.events) < 5 + 4
+        with trio.fail_after(10):
+            got = [(await anext(r.nvme.events())).information for _ in range(30)]
+        assert got == list(range(30))
+        await r.nvme.smart_log()
+        assert r.nvme.admin.outstanding == 4
 
 
 async def test_events_come_after_a_reset_too(running: Any) -> None:

@@ -348,6 +348,26 @@ async def test_a_completion_of_nothing_while_others_wait(
         check_given_up(r, buffer)
 
 
+async def test_a_status_that_cannot_be_read(
+    running: Any, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not say: the command is taken back all the same."""
+
+    async def silent() -> int:
+        raise DeadlineExceeded("read", 1.0)
+
+    async with running() as r:
+        buffer = await r.container.alloc(BLOCK)
+        inject(r, lib.PV_NVME_INJECT_DROP, times=1)
+        monkeypatch.setattr(r.nvme._registers, "status", silent)
+        with pytest.raises(DeadlineExceeded) as caught:
+            await r.nvme.read(1, 0, buffer, deadline=3)
+        assert caught.value.seconds == 3
+        assert r.queue.outstanding == 0
+        monkeypatch.undo()
+        await check_works(r, buffer)
+
+
 async def test_admin_commands_time_out_too(running: Any, autojump_clock: Any) -> None:
     async with running() as r:
         buffer = await r.container.alloc(BLOCK)
