@@ -15,20 +15,12 @@ from pvfio.abi import ffi, lib
 from pvfio.devices.nvme import NvmeConfig
 from pvfio.drivers.nvme import NvmeDriver
 from pvfio.errors import DeadlineExceeded
+from tests.drivers.nvme.commands import BLOCK, addresses, lbas
 from tests.drivers.rig import cancelled_at
 
 pytestmark = pytest.mark.touches_c
 
-BLOCK = 4096
 SIZE = 4 * BLOCK
-
-
-def addresses(buffer: Any, count: int) -> Any:
-    return np.uint64(buffer.iova) + np.arange(count, dtype=np.uint64) * np.uint64(BLOCK)
-
-
-def lbas(count: int) -> Any:
-    return np.arange(count, dtype=np.uint64)
 
 
 OPERATIONS: dict[str, Any] = {
