@@ -106,7 +106,8 @@ class Channel:
     """Owns a connected stream socket.
 
     ``max_message`` is the most bytes of one message this end takes, header included (more than 32); ``max_fds`` the
-    most descriptors with one (64 at most). ``ptr`` is the ``struct pv_vfu *`` for C. One task at a time receives; any
+    most descriptors with one (64 at most). ``poll_fd`` is readable when a message may be there, ``socket_fd`` is the
+    socket's; both are numbers of nothing, or of others, once the channel is closed. One task at a time receives; any
     task sends.
 
     Raises ValueError for other limits, OSError where the process has no descriptor left; the socket then is the
@@ -124,9 +125,9 @@ class Channel:
         if ptr == ffi.NULL:
             raise OSError(ffi.errno, f"vfio-user channel: {os.strerror(ffi.errno)}")
         sock.detach()
-        self.ptr = ffi.gc(ptr, partial(_destroy, inbox))
-        self._fd: int = lib.pv_vfu_poll_fd(ptr)
-        self._socket: int = lib.pv_vfu_socket(ptr)
+        self._ptr = ffi.gc(ptr, partial(_destroy, inbox))
+        self.poll_fd: int = lib.pv_vfu_poll_fd(ptr)
+        self.socket_fd: int = lib.pv_vfu_socket(ptr)
         self._closed = False
         self._with_fds: Message | None = None
         self._room = trio.Lock()
@@ -134,6 +135,13 @@ class Channel:
         view = memoryview(ffi.buffer(inbox))
         body = ffi.offsetof("struct pv_vfu_message", "body")
         self._head, self._body = view[: _HEAD.size], view[body:]
+
+    @property
+    def ptr(self) -> Any:
+        """The ``struct pv_vfu *`` for C. Raises trio.ClosedResourceError after ``close``, which may have freed it."""
+        if self._closed:
+            raise trio.ClosedResourceError("the vfio-user channel was closed")
+        return self._ptr
 
     @property
     def closed(self) -> bool:
@@ -150,7 +158,7 @@ class Channel:
             self._drop_fds()
         if self._closed:
             raise trio.ClosedResourceError("the vfio-user channel was closed")
-        result = lib.pv_vfu_receive(self.ptr, nap_ns)
+        result = lib.pv_vfu_receive(self._ptr, nap_ns)
         if result != 1:
             raise self._why(result)
         id, command, size, flags, error, fd_count, fds_lost = _unpack_head(self._head)
@@ -175,7 +183,7 @@ class Channel:
             pass
         with trio.move_on_after(math.inf if deadline is None else deadline):
             while True:
-                await trio.lowlevel.wait_readable(self._fd)
+                await trio.lowlevel.wait_readable(self.poll_fd)
                 try:
                     message = self.receive_nowait()
                 except trio.WouldBlock:
@@ -208,7 +216,7 @@ class Channel:
             data = ffi.from_buffer(data)
         count = len(fds)
         result = lib.pv_vfu_send(
-            self.ptr,
+            self._ptr,
             id,
             command,
             flags,
@@ -253,14 +261,14 @@ class Channel:
         with trio.move_on_after(math.inf if deadline is None else deadline):
             async with self._room:
                 while not accepted:
-                    await trio.lowlevel.wait_writable(self._socket)
+                    await trio.lowlevel.wait_writable(self.socket_fd)
                     try:
                         self.send_nowait(command, id, flags, error, body, data, fds)
                         accepted = True
                     except trio.WouldBlock:
                         continue
                 while not self.flush_nowait():
-                    await trio.lowlevel.wait_writable(self._socket)
+                    await trio.lowlevel.wait_writable(self.socket_fd)
                 return
         raise DeadlineExceeded("send a vfio-user message", deadline or 0.0)
 
@@ -268,7 +276,7 @@ class Channel:
         """Sends what waits; whether nothing waits any more. Raises ChannelEnded, trio.ClosedResourceError."""
         if self._closed:
             raise trio.ClosedResourceError("the vfio-user channel was closed")
-        result = lib.pv_vfu_flush(self.ptr)
+        result = lib.pv_vfu_flush(self._ptr)
         if result not in (0, -errno.EAGAIN):
             raise self._why(result)
         return bool(result == 0)
@@ -293,7 +301,9 @@ class Channel:
         return self.send_nowait(message.command, message.id, _REPLY, 0, body, data, fds)
 
     def set_transfer_limit(self, size: int) -> None:
-        """The most bytes of data in one DMA_READ or DMA_WRITE from C, as the peer said. Raises ValueError for 0."""
+        """The most bytes of data in one DMA_READ or DMA_WRITE from C, as the peer said. Raises ValueError for 0,
+        trio.ClosedResourceError.
+        """
         if size < 1 or lib.pv_vfu_transfer_limit(self.ptr, size):
             raise ValueError(f"transfers of {size} bytes")
 
@@ -307,10 +317,10 @@ class Channel:
         if self._closed:
             return
         self._closed = True
-        lib.pv_vfu_close(self.ptr)
-        for fd in (self._fd, self._socket):
+        lib.pv_vfu_close(self._ptr)
+        for fd in (self.poll_fd, self.socket_fd):
             _notify_closing(fd)
-        ffi.release(self.ptr)
+        ffi.release(self._ptr)
 
     def __enter__(self) -> Self:
         return self

@@ -28,7 +28,8 @@ class RemoteMemory:
     """From now on ``bus`` asks ``channel``'s peer for its remote ranges, each time for at most ``patience`` seconds.
 
     What is not answered in time, refused, or answered with something else is a DMA fault of the device; cancelling
-    the bus (within 5 ms) or closing the channel ends a wait. Raises MemoryError.
+    the bus (within 5 ms) or closing the channel ends a wait. Raises MemoryError, and
+    trio.ClosedResourceError for a closed channel.
     """
 
     def __init__(self, bus: Bus, channel: Channel, patience: float = PATIENCE) -> None:

@@ -11,7 +11,9 @@ import trio
 import trio.testing
 
 from pvfio.errors import DeadlineExceeded
+from pvfio.silicon import TableBus
 from pvfio.vfio_user.channel import HEADER_SIZE, Channel, ChannelEnded, ProtocolError
+from pvfio.vfio_user.remote import RemoteMemory
 from tests.vfio_user.channel_peer import ERROR, REPLY, Peer, message, open_fds
 from tests.vfio_user.conftest import MAX_FDS, MAX_MESSAGE, PeerFactory
 
@@ -327,7 +329,14 @@ async def test_close_ends_every_wait(with_peer: PeerFactory, files: list[int]) -
         await trio.testing.wait_all_tasks_blocked()
         channel.close()
     channel.close()
-    for call in (channel.receive_nowait, channel.flush_nowait, lambda: channel.send_nowait(9, 1)):
+    for call in (
+        channel.receive_nowait,
+        channel.flush_nowait,
+        lambda: channel.send_nowait(9, 1),
+        lambda: channel.set_transfer_limit(1),
+        lambda: channel.ptr,
+        lambda: RemoteMemory(TableBus(), channel),
+    ):
         with pytest.raises(trio.ClosedResourceError):
             call()
     with pytest.raises(EOFError):

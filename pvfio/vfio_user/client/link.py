@@ -278,7 +278,7 @@ class Link:
             except trio.WouldBlock:
                 pass
             poll = select.poll()
-            poll.register(lib.pv_vfu_socket(channel.ptr), select.POLLOUT)
+            poll.register(channel.socket_fd, select.POLLOUT)
             end = time.monotonic() + POST_SECONDS
             while (left := end - time.monotonic()) > 0:
                 poll.poll(1000 * left)
@@ -327,11 +327,10 @@ class Link:
     # What arrives.
 
     async def _listen(self, channel: Channel, scope: trio.CancelScope) -> None:
-        readable: int = lib.pv_vfu_poll_fd(channel.ptr)
         with scope:
-            while not channel.closed:
+            while not channel.closed:  # perhaps before this began
                 try:
-                    await trio.lowlevel.wait_readable(readable)
+                    await trio.lowlevel.wait_readable(channel.poll_fd)
                 except trio.ClosedResourceError:
                     return
                 for _ in range(_AT_ONCE):

@@ -96,9 +96,8 @@ class DeviceServer:
     async def _admit(self, connection: socket.socket) -> Session | None:
         """Makes a session of a connection, when the one before it is over. None: it was turned away."""
         if self._session is not None:
-            if not self._session.channel.closed and not has_hung_up(
-                lib.pv_vfu_socket(self._session.channel.ptr)
-            ):
+            channel = self._session.channel
+            if not channel.closed and not has_hung_up(channel.socket_fd):
                 _logger.warning("%s: a second client was turned away", self.path)
                 connection.close()
                 return None

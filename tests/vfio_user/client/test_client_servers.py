@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pvfio
 from pvfio.abi import lib
 from pvfio.errors import DeadlineExceeded
 from pvfio.vfio_user.client import VfioUserVfio
+from pvfio.vfio_user.client.link import OWN_LIMITS, Link
+from tests.drivers.rig import cancelled_at
 from tests.vfio_user.client.fake_server import FakeServer, Request, fds, pins, refused
 
 pytestmark = pytest.mark.touches_c
@@ -38,6 +42,52 @@ async def test_there_is_no_server(tmp_path: Path) -> None:
         with refused(number):
             async with pvfio.open_device(f"vfio-user:{path}"):
                 pass
+
+
+class HangsUp(trio.abc.Instrument):
+    """A server that ends every connection before its client has said anything."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(str(path))
+        self.socket.listen()
+        self.socket.setblocking(False)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        with suppress(BlockingIOError):
+            self.socket.accept()[0].close()
+
+
+async def test_a_server_that_hangs_up_at_once(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """The task that listens may not have begun when the connection ends, or the other way round."""
+    path = tmp_path / "socket"
+    server = HangsUp(path)
+    link = Link(str(path), "server", deadline=5, grace=0.2, offer=OWN_LIMITS)
+    trio.lowlevel.add_instrument(server)
+    try:
+        for _ in range(20):
+            with refused(errno.ENODEV):
+                await link.connect(nursery)
+    finally:
+        trio.lowlevel.remove_instrument(server)
+        server.socket.close()
+
+
+async def test_connecting_is_cancelled_at_every_await(server: FakeServer, nursery: trio.Nursery) -> None:
+    link = Link(str(server.path), "server", deadline=5, grace=0.2, offer=OWN_LIMITS)
+
+    async def connects() -> None:
+        await link.connect(nursery)
+        link.disconnect()
+
+    n = 1
+    while any([await cancelled_at(n, connects) for _ in range(8)]):
+        assert not link.connected
+        n += 1
+    assert n > 2
+    await link.connect(nursery)
+    assert link.connected
+    link.disconnect()
 
 
 @pytest.mark.parametrize(
