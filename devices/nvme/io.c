@@ -1,8 +1,8 @@
 /*
  * The NVM command set (NVM chapter 3): checks, and the commands that move blocks.
  *
- * Memory is copied straight between the namespace and the host; an image goes through a buffer of ours, so that no
- * translation is held while a disk is waited for.
+ * Memory is copied straight between the namespace and the host (moves.c); an image goes through a buffer of ours, so that
+ * no translation is held while a disk is waited for.
  */
 #include "io.h"
 
@@ -89,7 +89,7 @@ static uint32_t read_blocks(struct nvme_io *io)
     if (status)
         return status;
     if (backing->base)
-        return nvme_to_host(nvme, &nvme->data, backing->base + offset, left);
+        return nvme_move(io, backing->base + offset, left, true);
     while (left && !status) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
         if (pv_nvme_backing_read(backing, offset, nvme->bounce, len))
@@ -110,7 +110,7 @@ static uint32_t write_blocks(struct nvme_io *io)
     if (status)
         return status;
     if (backing->base)
-        return nvme_from_host(nvme, &nvme->data, backing->base + offset, left);
+        return nvme_move(io, backing->base + offset, left, false);
     while (left && !status) {
         uint64_t len = left < NVME_BOUNCE ? left : NVME_BOUNCE;
         status = nvme_from_host(nvme, &nvme->data, nvme->bounce, len);
@@ -253,27 +253,10 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
     io.ns = &nvme->ns[cmd->nsid - 1];
     io.lba = nvme_slba(cmd);
     io.blocks = (cmd->cdw12 & NVME_RW_NLB_MASK) + 1ull;
+    if (!request->end)
+        nvme_settle(nvme);
     status = commands[cmd->opcode](&io);
     if (request->corrupt && (!status || status == NVME_LATER))
         nvme_corrupt(nvme, request);
     return status;
-}
-
-void nvme_io_prefetch(const struct pv_nvme *nvme, const struct nvme_command *cmd)
-{
-    uint32_t index = cmd->nsid - 1;
-    uint64_t lba = nvme_slba(cmd);
-    bool read = cmd->opcode == NVME_CMD_READ;
-    if ((!read && cmd->opcode != NVME_CMD_WRITE) || index >= PV_NVME_NAMESPACES || !nvme->ns[index].backing)
-        return;
-    const struct nvme_namespace *ns = &nvme->ns[index];
-    if (!ns->backing->base || lba >= ns->format.blocks)
-        return;
-    const uint8_t *blocks = ns->backing->base + nvme_bytes(ns, lba);
-    for (uint32_t at = 0; at < NVME_PREFETCH; at += 64) {
-        if (read)
-            __builtin_prefetch(blocks + at);
-        else
-            __builtin_prefetch(blocks + at, 1);
-    }
 }

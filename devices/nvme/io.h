@@ -43,6 +43,12 @@ void nvme_make_usable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks);
 uint32_t nvme_make_unusable(struct nvme_namespace *ns, uint64_t lba, uint64_t blocks);
 uint32_t nvme_read_error(struct nvme_io *io);
 
+/*
+ * moves.c: `n` bytes of nvme->data from or to a namespace's memory, now or with those of later commands; then, where they
+ * do not move, the completion gets the status. 0 or a status.
+ */
+uint32_t nvme_move(struct nvme_io *io, uint8_t *memory, uint64_t n, bool to_host);
+
 /* io_metadata.c: reads and writes of namespaces whose blocks have metadata, block by block. */
 uint32_t nvme_read_metadata(struct nvme_io *io);
 uint32_t nvme_write_metadata(struct nvme_io *io);

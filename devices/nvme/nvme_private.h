@@ -14,7 +14,7 @@
 #define NVME_MAX_TRANSFER (4096u << PV_NVME_MAX_MDTS)
 #define NVME_MAX_SEGMENTS (2 + (1u << PV_NVME_MAX_MDTS)) /* of a transfer: a page each, and a first one that is cut */
 #define NVME_BOUNCE (128u << 10)
-#define NVME_PREFETCH 1024u           /* bytes of the next command's; the processor itself follows a copy that runs */
+#define NVME_MOVES 16                 /* commands whose data moves together: as many of 4 KiB as a section takes */
 #define NVME_MAX_WAITING 8192         /* commands in flight outside their queues */
 #define NVME_LATER 0x10000u           /* not a status: the command completes later */
 #define NVME_ENDED 0x20000u           /* beside a status: a rule ended the command, and it may be success */
@@ -82,6 +82,16 @@ struct nvme_waiting {
 };
 #define NVME_NEVER UINT64_MAX
 
+/* Commands that have succeeded if only their data moves, and where their completions wait for that (moves.c). */
+struct nvme_moves {
+    uint32_t count;
+    struct pv_transfer transfer[NVME_MOVES];
+    struct nvme_move {
+        const struct nvme_command *cmd;
+        struct nvme_completion *end;
+    } of[NVME_MOVES];
+};
+
 struct pv_nvme {
     struct pv_nvme_config config;
     struct pv_bus *bus;
@@ -130,6 +140,7 @@ struct pv_nvme {
     bool write_through;
     struct pv_nvme_stats stats;
     struct nvme_data data;
+    struct nvme_moves moves; /* empty between steps */
     uint8_t *bounce;
 
     struct nvme_waiting *waiting, *waiting_last; /* by due time; those without one last */
@@ -162,6 +173,7 @@ struct nvme_request {
     uint32_t location; /* parameter error location: byte 7:0, bit 10:8 */
     uint64_t result;
     bool corrupt;      /* an injected flip of a bit */
+    struct nvme_completion *end; /* where its completion will wait, if the data may move later; else NULL */
 };
 
 extern const struct pv_mmio_ops nvme_mmio_ops;
@@ -253,8 +265,9 @@ void nvme_corrupt(struct pv_nvme *nvme, const struct nvme_request *request);
 
 /* io.c: a status, or NVME_LATER. */
 uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request);
-/* A command that comes next: what it reads may as well come nearer meanwhile. */
-void nvme_io_prefetch(const struct pv_nvme *nvme, const struct nvme_command *cmd);
+
+/* moves.c: what waits moves now. Before anything else looks at a namespace or at a completion of the commands before. */
+void nvme_settle(struct pv_nvme *nvme);
 
 /* backing.c */
 struct pv_nvme_backing {

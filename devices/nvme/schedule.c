@@ -129,10 +129,19 @@ struct burst {
     uint32_t completed;
 };
 
+/* Reads and writes that nobody watches: no rule, no other half. */
+static bool may_move_later(const struct pv_nvme *nvme, const struct nvme_command *cmd)
+{
+    return (cmd->opcode == NVME_CMD_READ || cmd->opcode == NVME_CMD_WRITE) && !(cmd->flags & NVME_CMD_FUSE_MASK) &&
+           !nvme->rules.used;
+}
+
 static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint32_t status)
 {
     struct nvme_sq *sq = b->sq;
     struct nvme_request request = {.cmd = &b->cmd[i], .sq = b->id, .location = NVME_ERROR_LOCATION_NONE};
+    if (may_move_later(nvme, request.cmd))
+        request.end = &b->done[b->completed];
     sq->head = sq->head + 1 == sq->size ? 0 : sq->head + 1;
     if (!status && nvme->rules.used)
         status = nvme_inject(nvme, &request);
@@ -183,11 +192,17 @@ static int run_admin(struct pv_nvme *nvme, struct burst *b)
     return PV_STEP_PROGRESS;
 }
 
-/* A driver that polls a full queue goes on with the first ones while the last ones run; one interrupt serves a burst. */
-#define POST_EVERY 8
+/* A driver that polls goes on with the first half of a burst while the other half runs; one interrupt serves a burst. */
+#define POST_AT_LEAST 8
+
+static bool is_half(const struct burst *b)
+{
+    return b->completed >= POST_AT_LEAST && b->completed >= b->count / 2;
+}
 
 static void post(struct pv_nvme *nvme, struct burst *b)
 {
+    nvme_settle(nvme);
     if (b->completed)
         nvme_post(nvme, &nvme->cq[b->sq->cq], b->done, b->completed);
     b->completed = 0;
@@ -205,12 +220,10 @@ static int run_io(struct pv_nvme *nvme, struct burst *b)
             i += run_fused(nvme, b, i);
             continue;
         }
-        if (i + 1 < b->count)
-            nvme_io_prefetch(nvme, &b->cmd[i + 1]);
         run_one(nvme, b, i++, 0);
         if (pv_engine_pausing(nvme->engine))
             break;
-        if (b->completed >= POST_EVERY && !nvme->cq[b->sq->cq].interrupts)
+        if (is_half(b) && !nvme->cq[b->sq->cq].interrupts)
             post(nvme, b);
     }
     post(nvme, b);

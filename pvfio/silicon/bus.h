@@ -85,6 +85,20 @@ struct pv_table_bus_stats {
     uint32_t last_msi_data;
 };
 
+/* One of many moves: `n` bytes between `bytes`, which are the device's, and the host's memory at `iova`. */
+struct pv_transfer {
+    uint64_t iova;
+    uint8_t *bytes;
+    uint64_t n;
+    uint32_t perm; /* PV_DMA_WRITE: to the host */
+    int32_t result; /* 0, -EFAULT or -ECANCELED */
+};
+
+/*
+ * In their order, and faster than one by one where they are small and each is one translation. One that fails keeps no
+ * other from moving.
+ */
+void pv_bus_transfer(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count);
 /* All: 0, -EFAULT (fault_iova, done), -ECANCELED (done). */
 int pv_bus_read(struct pv_bus *bus, uint64_t iova, void *dst, uint64_t n, struct pv_dma *dma);
 int pv_bus_write(struct pv_bus *bus, uint64_t iova, const void *src, uint64_t n, struct pv_dma *dma);

@@ -1,0 +1,110 @@
+/*
+ * Many moves between memory of a device's and the host's at once (see bus.h): translated together, then moved one right
+ * after the other, while the memory of the next one is on its way.
+ *
+ * A move of several translations, or of a remote range, goes alone as pv_bus_read and pv_bus_write do it. Not here:
+ * interrupt messages, moves that may end in the middle.
+ */
+#include <string.h>
+
+#include "bus_private.h"
+#include "move.h"
+
+#define LINE 64
+#define GATHER 16
+/* Of the next move's memory; the processor itself follows one that runs. */
+#define AHEAD_READ 1024
+#define AHEAD_WRITE 512
+
+/* What a transfer is once it is translated. */
+struct piece {
+    uint8_t *to;
+    const uint8_t *from;
+    uint64_t n;
+    bool to_host;
+};
+
+/* Of the device's memory, which no cache may have; the host's is mostly near. Always inline: a call of a function that
+ * only prefetches is one that compilers leave out. */
+static inline __attribute__((always_inline)) void ask_for(const struct piece *p)
+{
+    if (p->to_host) {
+        for (uint64_t at = 0; at < AHEAD_READ && at < p->n; at += LINE)
+            __builtin_prefetch(p->from + at, 0, 1);
+    } else {
+        for (uint64_t at = 0; at < AHEAD_WRITE && at < p->n; at += LINE)
+            __builtin_prefetch(p->to + at, 1);
+    }
+}
+
+static void move_pieces(const struct piece *piece, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        const struct piece *p = &piece[i];
+        if (i + 1 < count)
+            ask_for(p + 1);
+        if (p->to_host)
+            memcpy(p->to, p->from, p->n); /* the processor's own string move: lines to be written are near */
+        else
+            pv_move(p->to, p->from, p->n);
+    }
+}
+
+/* One translation is all it needs; -EFAULT: it has none. */
+static int translate_whole(struct section *s, const struct pv_transfer *t, struct piece *p)
+{
+    struct pv_span span;
+    struct pv_dma dma;
+    int result = translate(s, t->iova, t->perm, t->n, &span, &dma);
+    if (result == -EFAULT)
+        return result;
+    if (result || span.len < t->n)
+        return PV_REMOTE;
+    bool to_host = t->perm == PV_DMA_WRITE;
+    *p = (struct piece){to_host ? span.ptr : t->bytes, to_host ? t->bytes : span.ptr, t->n, to_host};
+    s->left -= t->n;
+    return 0;
+}
+
+/* As many as one section and one translation each allow; how many that were. */
+static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count)
+{
+    struct section s;
+    struct piece piece[GATHER];
+    uint32_t done = 0, pieces = 0;
+    if (section_open(&s, bus)) {
+        for (; done < count; done++)
+            transfer[done].result = -ECANCELED;
+        return count;
+    }
+    for (; done < count && pieces < GATHER && transfer[done].n <= s.left; done++) {
+        int result = translate_whole(&s, &transfer[done], &piece[pieces]);
+        if (result == PV_REMOTE)
+            break;
+        transfer[done].result = result;
+        pieces += !result;
+    }
+    move_pieces(piece, pieces);
+    section_close(&s);
+    return done;
+}
+
+static int alone(struct pv_bus *bus, const struct pv_transfer *t)
+{
+    struct pv_dma dma;
+    return t->perm == PV_DMA_WRITE ? pv_bus_write(bus, t->iova, t->bytes, t->n, &dma)
+                                   : pv_bus_read(bus, t->iova, t->bytes, t->n, &dma);
+}
+
+void pv_bus_transfer(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count)
+{
+    while (count) {
+        uint32_t done = in_one_section(bus, transfer, count);
+        if (!done) {
+            transfer->result = alone(bus, transfer);
+            done = 1;
+        }
+        transfer += done;
+        count -= done;
+    }
+}
