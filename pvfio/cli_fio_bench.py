@@ -38,6 +38,7 @@ def run(platform: Platform, engine: EngineChoice, ram: int, *, json: bool) -> in
 
 async def _measure(platform: Platform, engine: EngineChoice, ram: int, advance: Callable[[], None]) -> Bench:
     from pvfio.cli_fio import FioOptions, machine_for
+    from pvfio.devices.nvme import NvmeDevice
     from pvfio.drivers.nvme import NvmeDriver
     from pvfio.machine import Machine
     from pvfio.workloads.fio.bench import measure
@@ -45,8 +46,12 @@ async def _measure(platform: Platform, engine: EngineChoice, ram: int, advance: 
     config = machine_for(FioOptions(files=(), platform=platform, engine=engine, ram=ram), [], [])
     async with Machine(config) as machine, machine.open("nvme0") as device:
         try:
+            model = machine.devices["nvme0"].function
+            assert isinstance(model, NvmeDevice)
             async with NvmeDriver(device, entries=256, completion="polled") as nvme:
-                found: Bench = await measure(nvme, advance=advance)
+                media = model.namespaces.by_nsid[min(nvme.namespaces)].memory
+                assert media is not None
+                found: Bench = await measure(nvme, media, advance=advance)
         except MemoryError:
             raise UsageError("the buffers do not fit into guest memory") from None
     return found

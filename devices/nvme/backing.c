@@ -223,6 +223,11 @@ int pv_nvme_backing_zero(struct pv_nvme_backing *b, uint64_t offset, uint64_t n,
     return errno == EOPNOTSUPP ? write_zeroes(b, offset, n) : -errno;
 }
 
+uint8_t *pv_nvme_backing_memory(struct pv_nvme_backing *b)
+{
+    return b->base;
+}
+
 uint64_t pv_nvme_backing_used(struct pv_nvme_backing *b)
 {
     struct stat st;

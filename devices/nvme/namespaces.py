@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from pvfio.abi import ffi, lib
 from pvfio.devices.nvme.admin import AdminError
@@ -58,6 +60,15 @@ class Namespace:
     def used(self) -> int:
         """Blocks that take room."""
         return min(self.blocks, int(lib.pv_nvme_backing_used(self.backing)) >> self.spec.lba_shift)
+
+    @property
+    def memory(self) -> NDArray[np.uint8] | None:
+        """The bytes it is kept in, shape ``(size,)``; what the device does at the same time is not waited for.
+
+        For as long as the namespace is there; ``None`` where it is an image.
+        """
+        base = lib.pv_nvme_backing_memory(self.backing)
+        return None if base == ffi.NULL else np.frombuffer(ffi.buffer(base, self.size), dtype=np.uint8)
 
     @property
     def format_index(self) -> int:

@@ -196,6 +196,8 @@ int pv_nvme_backing_sync(struct pv_nvme_backing *backing);
 int pv_nvme_backing_zero(struct pv_nvme_backing *backing, uint64_t offset, uint64_t n, int discard);
 int pv_nvme_backing_read(struct pv_nvme_backing *backing, uint64_t offset, void *data, uint64_t n);
 int pv_nvme_backing_write(struct pv_nvme_backing *backing, uint64_t offset, const void *data, uint64_t n);
+/* Where its bytes are, for as long as somebody holds it; NULL: in an image. */
+uint8_t *pv_nvme_backing_memory(struct pv_nvme_backing *backing);
 /* Bytes that take room. */
 uint64_t pv_nvme_backing_used(struct pv_nvme_backing *backing);
 /* cffi: end */

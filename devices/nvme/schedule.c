@@ -150,8 +150,10 @@ static uint32_t run_one(struct pv_nvme *nvme, struct burst *b, uint32_t i, uint3
     if (status == NVME_LATER)
         return status;
     status &= ~NVME_ENDED;
-    if (status)
+    if (status) {
+        nvme_settle(nvme); /* whose errors come before this one */
         nvme_note_error(nvme, &request, status);
+    }
     b->done[b->completed++] = completion(nvme, b->id, b->cmd[i].cid, status, request.result);
     return status;
 }

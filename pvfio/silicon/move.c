@@ -66,6 +66,18 @@ WIDE static uint64_t move_twice_wide(uint8_t *dst1, uint8_t *dst2, const uint8_t
     return at;
 }
 
+WIDE static uint64_t move_past_wide(uint8_t *dst, const uint8_t *src, uint64_t n)
+{
+    uint64_t at = 0;
+    __m512i v[4];
+    for (; at + BLOCK <= n; at += BLOCK) {
+        load_block(v, src + at);
+        for (unsigned i = 0; i < 4; i++)
+            _mm512_stream_si512((__m512i *)(void *)(dst + at + i * LINE), v[i]);
+    }
+    return at;
+}
+
 WIDE static uint64_t fill_wide(uint8_t *dst, uint64_t word, uint64_t n)
 {
     uint64_t at = 0;
@@ -77,13 +89,31 @@ WIDE static uint64_t fill_wide(uint8_t *dst, uint64_t word, uint64_t n)
     }
     return at;
 }
+static inline int past(const uint8_t *dst)
+{
+    return !((uintptr_t)dst % LINE) && __builtin_cpu_supports("avx512f");
+}
+
+void pv_moved_past(void)
+{
+    _mm_sfence();
+}
 #else
 static inline int wide(uint64_t n)
 {
     (void)n;
     return 0;
 }
+static inline int past(const uint8_t *dst)
+{
+    (void)dst;
+    return 0;
+}
+void pv_moved_past(void)
+{
+}
 #define move_wide(dst, src, n) 0
+#define move_past_wide(dst, src, n) 0
 #define move_twice_wide(dst1, dst2, src, n) 0
 #define fill_wide(dst, word, n) 0
 #endif
@@ -94,6 +124,13 @@ void pv_move(uint8_t *dst, const uint8_t *src, uint64_t n)
     uint64_t done = wide(n) && distance >= n ? move_wide(dst, src, n) : 0;
     if (done < n)
         memmove(dst + done, src + done, n - done);
+}
+
+void pv_move_past(uint8_t *dst, const uint8_t *src, uint64_t n)
+{
+    uint64_t done = past(dst) ? move_past_wide(dst, src, n) : 0;
+    if (done < n)
+        memcpy(dst + done, src + done, n - done);
 }
 
 #define TWICE_BYTES 16384 /* small enough that the second copy finds them in a cache */

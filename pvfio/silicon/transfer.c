@@ -1,6 +1,7 @@
 /*
  * Many moves between memory of a device's and the host's at once (see bus.h): translated together, then moved one right
- * after the other, while the memory of the next one is on its way.
+ * after the other, while the memory of the next one is on its way. The device's memory is written past the caches: it is
+ * large, and fetching lines only to overwrite them is half of a write's time.
  *
  * A move of several translations, or of a remote range, goes alone as pv_bus_read and pv_bus_write do it. Not here:
  * interrupt messages, moves that may end in the middle.
@@ -12,9 +13,8 @@
 
 #define LINE 64
 #define GATHER 16
-/* Of the next move's memory; the processor itself follows one that runs. */
-#define AHEAD_READ 1024
-#define AHEAD_WRITE 512
+/* Of what the next move reads; the processor itself follows one that runs. */
+#define AHEAD 1024
 
 /* What a transfer is once it is translated. */
 struct piece {
@@ -24,42 +24,48 @@ struct piece {
     bool to_host;
 };
 
-/* Of the device's memory, which no cache may have; the host's is mostly near. Always inline: a call of a function that
- * only prefetches is one that compilers leave out. */
+/*
+ * Of the device's memory, which no cache may have; the host's is mostly near. Always inline: a call of a function that only
+ * prefetches is one that compilers leave out.
+ */
 static inline __attribute__((always_inline)) void ask_for(const struct piece *p)
 {
-    if (p->to_host) {
-        for (uint64_t at = 0; at < AHEAD_READ && at < p->n; at += LINE)
-            __builtin_prefetch(p->from + at, 0, 1);
-    } else {
-        for (uint64_t at = 0; at < AHEAD_WRITE && at < p->n; at += LINE)
-            __builtin_prefetch(p->to + at, 1);
-    }
+    for (uint64_t at = 0; p->to_host && at < AHEAD && at < p->n; at += LINE)
+        __builtin_prefetch(p->from + at, 0, 1);
 }
 
+/* Towards the host, the processor's own string move: lines to be written are near. */
 static void move_pieces(const struct piece *piece, uint32_t count)
 {
+    bool past = false;
     for (uint32_t i = 0; i < count; i++) {
         const struct piece *p = &piece[i];
         if (i + 1 < count)
             ask_for(p + 1);
         if (p->to_host)
-            memcpy(p->to, p->from, p->n); /* the processor's own string move: lines to be written are near */
+            memcpy(p->to, p->from, p->n);
         else
-            pv_move(p->to, p->from, p->n);
+            pv_move_past(p->to, p->from, p->n);
+        past |= !p->to_host;
     }
+    if (past)
+        pv_moved_past();
 }
 
-/* One translation is all it needs; -EFAULT: it has none. */
+#define ALONE 1
+
+/* 0: one translation is all it needs. -EFAULT: it has none. */
 static int translate_whole(struct section *s, const struct pv_transfer *t, struct piece *p)
 {
     struct pv_span span;
     struct pv_dma dma;
+    if (!t->n)
+        return ALONE;
     int result = translate(s, t->iova, t->perm, t->n, &span, &dma);
     if (result == -EFAULT)
         return result;
     if (result || span.len < t->n)
-        return PV_REMOTE;
+        return ALONE;
     bool to_host = t->perm == PV_DMA_WRITE;
     *p = (struct piece){to_host ? span.ptr : t->bytes, to_host ? t->bytes : span.ptr, t->n, to_host};
     s->left -= t->n;
@@ -79,7 +85,7 @@ static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer,
     }
     for (; done < count && pieces < GATHER && transfer[done].n <= s.left; done++) {
         int result = translate_whole(&s, &transfer[done], &piece[pieces]);
-        if (result == PV_REMOTE)
+        if (result == ALONE)
             break;
         transfer[done].result = result;
         pieces += !result;

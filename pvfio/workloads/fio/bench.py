@@ -1,14 +1,12 @@
 """How fast the NVMe path is: 4 KiB random reads and writes beside a plain C loop of the same copies.
 
-The loop copies between random places of 256 MiB of memory in huge pages and buffers, as the device does between
-its namespace and DMA buffers; device and loop take turns, and figures are medians over the turns. At
-depth 1 a turn is single commands: through ``submit_one_nowait`` and a wait in C for the phase bit, and, beside it,
-awaited.
+The loop copies between random places of the namespace's own memory and the same DMA buffers, with no device between
+them; device and loop take turns, and figures are medians over the turns. At depth 1 a turn is single commands: through
+``submit_one_nowait`` and a wait in C for the phase bit, and, beside it, awaited.
 """
 
 from __future__ import annotations
 
-import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -115,12 +113,11 @@ def turn_of_one(pair: QueuePair, opcode: int, nsid: int, blocks: int, lbas: list
 
 
 def _loop(
-    memory: mmap.mmap, buffers: NDArray[np.uint8], offsets: NDArray[np.uint64], slots: int, write: bool
+    media: NDArray[np.uint8], buffers: NDArray[np.uint8], offsets: NDArray[np.uint64], slots: int, write: bool
 ) -> float:
-    base = ffi.cast("uint8_t *", ffi.from_buffer(memory))
     began = time.perf_counter()
     lib.pv_fio_copy_loop(
-        base,
+        ffi.cast("uint8_t *", ffi.from_buffer(media)),
         ffi.cast("uint8_t *", ffi.from_buffer(buffers)),
         ffi.cast("uint64_t *", ffi.from_buffer(offsets)),
         len(offsets),
@@ -143,24 +140,28 @@ async def _awaited(
     return statistics.median(times)
 
 
-async def measure(nvme: NvmeDriver, *, rounds: int = 15, advance: Callable[[], None] | None = None) -> Bench:
+async def measure(
+    nvme: NvmeDriver,
+    media: NDArray[np.uint8],
+    *,
+    rounds: int = 15,
+    advance: Callable[[], None] | None = None,
+) -> Bench:
     """Runs everything on the first queue and namespace; ``advance`` is called after each figure.
 
-    The namespace is overwritten. Raises ``ValueError`` where it has less than 256 MiB or the queue takes fewer than 128
-    commands, ``RuntimeError`` where a command fails, and what the driver raises.
+    ``media``: the memory of that namespace, which the loop copies from and to. The namespace is overwritten. Raises
+    ``ValueError`` where it has less than 256 MiB or the queue takes fewer than 128 commands, ``RuntimeError`` where a
+    command fails, and what the driver raises.
     """
     nsid = min(nvme.namespaces)
     namespace, pair = nvme.namespaces[nsid], nvme.queues[0]
-    if namespace.size < _WORKING_SET or pair.depth < max(DEPTHS):
+    if min(namespace.size, len(media)) < _WORKING_SET or pair.depth < max(DEPTHS):
         raise ValueError("the benchmark needs 256 MiB of namespace and a queue for 128 commands")
     container = nvme.device.container
     buffer = await container.alloc(2 * max(DEPTHS) * SIZE, align=2 << 20)
-    memory = mmap.mmap(-1, _WORKING_SET, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)  # as the namespace's is
     try:
         await fill(pair, nsid, namespace.block_size, buffer, _WORKING_SET)
-        np.frombuffer(memory, dtype=np.uint8)[:] = 1
-        return await _measure(nvme, nsid, buffer, memory, rounds, advance or (lambda: None))
+        return await _measure(nvme, nsid, buffer, media, rounds, advance or (lambda: None))
     finally:
         with trio.CancelScope(shield=True):
             while pair.outstanding:
@@ -180,7 +181,7 @@ async def _measure(
     nvme: NvmeDriver,
     nsid: int,
     buffer: DmaBuffer,
-    memory: mmap.mmap,
+    media: NDArray[np.uint8],
     rounds: int,
     advance: Callable[[], None],
 ) -> Bench:
@@ -194,18 +195,16 @@ async def _measure(
             iovas = np.uint64(buffer.iova or 0) + np.tile(np.arange(depth, dtype=np.uint64), 2) * np.uint64(
                 SIZE
             )
-            private = np.zeros(depth * SIZE, dtype=np.uint8)
             pairs = []
             for number in range(rounds + 1):
-                offsets = rng.integers(0, _WORKING_SET // SIZE, _COUNT[depth], dtype=np.uint64) * np.uint64(
-                    SIZE
-                )
-                lbas = offsets // np.uint64(block)
+                # Places of its own for each: those of the other are in a cache.
+                places = rng.integers(0, _WORKING_SET // SIZE, (2, _COUNT[depth]), dtype=np.uint64)
+                lbas = places[0] * np.uint64(SIZE // block)
                 if depth == 1:
                     device = turn_of_one(pair, opcode, nsid, SIZE // block, lbas.tolist(), int(iovas[0]))
                 else:
                     device = turn(pair, opcode, nsid, SIZE // block, lbas, iovas, depth)
-                loop = _loop(memory, private, offsets, depth, write)
+                loop = _loop(media, buffer, places[1] * np.uint64(SIZE), depth, write)
                 if number:  # the first one warms caches up
                     pairs.append((device, loop))
                 await trio.lowlevel.checkpoint()

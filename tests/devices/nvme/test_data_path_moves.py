@@ -1,0 +1,148 @@
+"""Commands whose data moves together: a burst does what its commands do one by one, whatever stands between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pvfio.abi import ffi, lib
+from pvfio.silicon import READ as READABLE
+from tests.devices.nvme.data_path_rig import DATA, DNR, LISTS, PAGE, Rig, command, noise, wait_for
+from tests.profiles import tries
+
+pytestmark = pytest.mark.touches_c
+
+READ, WRITE, COMPARE = lib.NVME_CMD_READ, lib.NVME_CMD_WRITE, lib.NVME_CMD_COMPARE
+FLUSH, ZEROES, UNCOR = lib.NVME_CMD_FLUSH, lib.NVME_CMD_WRITE_ZEROES, lib.NVME_CMD_WRITE_UNCOR
+FAILED = lib.NVME_SC_DATA_XFER_ERROR | DNR
+BLOCKS, BUFFERS = 8, 6
+UNMAPPED, READ_ONLY = DATA + 4 * PAGE, DATA + 5 * PAGE
+MOVES = 16  # commands whose data waits at most
+
+
+class Disk(Rig):
+    """Eight blocks of noise, and six buffers: one does not translate, one cannot be written."""
+
+    def __init__(self, kind: Any = "inline") -> None:
+        super().__init__(kind)
+        self.backing = self.memory_namespace(size=BLOCKS * PAGE)
+        self.set_media(self.backing, 0, noise(BLOCKS * PAGE))
+        self.put(DATA, noise(BUFFERS * PAGE, 2))
+        self.unmap(UNMAPPED)
+        self.unmap(READ_ONLY)
+        self.map(READ_ONLY, READABLE)
+
+    def state(self) -> tuple[Any, ...]:
+        """What anybody can see of it but the queues."""
+        stats, entries = ffi.new("struct pv_nvme_stats *"), ffi.new("struct nvme_error_log_entry[64]")
+        total = ffi.new("uint64_t *")
+        lib.pv_nvme_get_stats(self.nvme, stats)
+        lib.pv_nvme_errors(self.nvme, entries, 64, total)
+        log = [(e.cmdid, e.status_field, e.parm_error_location, e.lba, e.nsid, e.sqid) for e in entries]
+        counted = (stats.reads, stats.writes, stats.read_bytes, stats.written_bytes, stats.media_errors)
+        memory = self.at(DATA, BUFFERS * PAGE).tobytes()
+        return counted, log[: total[0]], memory, self.media(self.backing, 0, BLOCKS * PAGE).tobytes()
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    with Disk() as made:
+        yield made
+
+
+@dataclass(frozen=True)
+class Io:
+    """A command on a block, its data in a buffer, and, of two blocks, the next but one buffer."""
+
+    opcode: int
+    lba: int
+    buffer: int
+    blocks: int
+
+    def command(self) -> Any:
+        at, second = DATA + self.buffer * PAGE, DATA + (self.buffer + 2) % BUFFERS * PAGE
+        return command(self.opcode, lba=self.lba, blocks=self.blocks, prp1=at, prp2=second)
+
+
+ios = st.builds(
+    Io,
+    st.sampled_from([READ] * 4 + [WRITE] * 4 + [COMPARE, FLUSH, ZEROES, UNCOR]),
+    st.integers(0, BLOCKS),  # the last one is no block
+    st.integers(0, BUFFERS - 1),
+    st.sampled_from([1, 1, 1, 2]),
+)
+
+
+@settings(max_examples=tries(150), deadline=None)
+@given(burst=st.lists(ios, min_size=1, max_size=40), interrupts=st.booleans())
+def test_as_one_by_one(burst: list[Io], interrupts: bool) -> None:
+    with Disk() as disk, Disk() as reference:
+        if not interrupts:
+            delete_and_create(disk)
+        wanted = [reference.run(one.command()) for one in burst]
+        disk.submit(*(one.command() for one in burst))
+        assert disk.reap() == list(enumerate(wanted))
+        assert disk.state() == reference.state()
+
+
+def delete_and_create(disk: Rig) -> None:
+    """Its queue pair again, without interrupts: completions come while the burst runs."""
+    assert lib.pv_nvme_delete_sq(disk.nvme, 1) == lib.pv_nvme_delete_cq(disk.nvme, 1) == 0
+    assert lib.pv_nvme_create_cq(disk.nvme, 1, disk.cq_base(1), 64, 0, 0) == 0
+    assert lib.pv_nvme_create_sq(disk.nvme, 1, disk.sq_base(1), 64, 1, 0) == 0
+
+
+def test_one_that_does_not_move_is_one_error(disk: Disk) -> None:
+    """It is not counted, it is logged, and the commands around it succeed."""
+    failing = {3: UNMAPPED, MOVES: READ_ONLY}
+    count = 2 * MOVES + 1
+    disk.submit(*(command(READ, lba=i % BLOCKS, prp1=failing.get(i, DATA)) for i in range(count)))
+    assert disk.reap() == [(i, FAILED if i in failing else 0) for i in range(count)]
+    (reads, _, read_bytes, *_), log, *_ = disk.state()
+    assert (reads, read_bytes) == (count - 2, (count - 2) * PAGE)
+    assert [(cid, status >> 1, sq) for cid, status, _, _, _, sq in log] == [
+        (MOVES, FAILED, 1),
+        (3, FAILED, 1),
+    ]
+
+
+def test_a_read_sees_the_write_before_it(disk: Disk) -> None:
+    """Plain or through a list, the same block within a burst."""
+    disk.put(LISTS, b"".join((DATA + at * PAGE).to_bytes(8, "little") for at in (1, 3)))
+    fresh = noise(PAGE, 3)
+    disk.put(DATA, fresh)
+    disk.submit(
+        command(WRITE, lba=2, prp1=DATA),
+        command(READ, lba=2, prp1=DATA + 2 * PAGE),
+        command(WRITE, lba=3, prp1=DATA + 2 * PAGE),
+        command(READ, lba=1, blocks=3, prp1=LISTS + PAGE, prp2=LISTS),
+    )
+    assert [status for _, status in disk.reap()] == [0] * 4
+    for at in (DATA + PAGE, DATA + 2 * PAGE, DATA + 3 * PAGE):
+        assert (disk.at(at, PAGE) == fresh).all()
+
+
+def test_writes_that_make_blocks_usable_do_not_wait(disk: Disk) -> None:
+    """A refused one leaves the block as it was, to the reads of the same burst."""
+    disk.submit(
+        command(UNCOR, lba=1),
+        command(WRITE, lba=1, prp1=UNMAPPED),
+        command(READ, lba=1),
+        command(WRITE, lba=1, prp1=DATA),
+        command(READ, lba=1, prp1=DATA + PAGE),
+    )
+    statuses = [status for _, status in disk.reap()]
+    assert statuses == [0, FAILED, lib.NVME_SC_READ_ERROR, 0, 0]
+    assert (disk.at(DATA, PAGE) == disk.at(DATA + PAGE, PAGE)).all()
+
+
+def test_a_thread_moves_them_too() -> None:
+    with Disk("thread") as disk:
+        disk.submit(*(command(READ, lba=i % BLOCKS, prp1=DATA + i % 4 * PAGE) for i in range(40)))
+        assert len(wait_for(lambda: found if len(found := disk.peek()) == 40 else None)) == 40
+        assert (disk.at(DATA, 4 * PAGE) == noise(BLOCKS * PAGE)[4 * PAGE :]).all()
