@@ -33,6 +33,7 @@ static uint32_t map_list(struct pv_nvme *nvme, uint64_t list, uint64_t n, struct
     uint64_t entry[512];
     if (list & 7)
         return DNR(NVME_SC_PRP_INVALID_OFFSET);
+    nvme_settle(nvme); /* into the list, perhaps */
     while (n) {
         uint64_t fit = (page - (list & (page - 1))) / 8, want = (n + page - 1) / page;
         bool chained = want > fit;
@@ -144,7 +145,9 @@ static uint32_t map_sgl(struct pv_nvme *nvme, const struct nvme_command *cmd, ui
         return DNR(NVME_SC_SGL_INVALID_TYPE);
     uint32_t error = 0;
     bool more = type >= NVME_SGL_SEGMENT;
-    if (!more)
+    if (more)
+        nvme_settle(nvme); /* into the segment, perhaps */
+    else
         error = map_block(&sgl, &desc);
     while (more && !error) {
         struct nvme_sgl_desc at = desc;

@@ -253,6 +253,8 @@ uint32_t nvme_io(struct pv_nvme *nvme, struct nvme_request *request)
     io.ns = &nvme->ns[cmd->nsid - 1];
     io.lba = nvme_slba(cmd);
     io.blocks = (cmd->cdw12 & NVME_RW_NLB_MASK) + 1ull;
+    if (!io.ns->backing->base || io.ns->format.metadata)
+        request->end = NULL; /* what goes block by block, or through a buffer, goes now */
     if (!request->end)
         nvme_settle(nvme);
     status = commands[cmd->opcode](&io);

@@ -90,7 +90,7 @@ struct pv_transfer {
     uint64_t iova;
     uint8_t *bytes;
     uint64_t n;
-    uint32_t perm; /* PV_DMA_WRITE: to the host */
+    uint32_t perm;  /* PV_DMA_WRITE: to the host */
     int32_t result; /* 0, -EFAULT or -ECANCELED */
 };
 

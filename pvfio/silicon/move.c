@@ -89,6 +89,7 @@ WIDE static uint64_t fill_wide(uint8_t *dst, uint64_t word, uint64_t n)
     }
     return at;
 }
+
 static inline int past(const uint8_t *dst)
 {
     return !((uintptr_t)dst % LINE) && __builtin_cpu_supports("avx512f");
@@ -104,14 +105,17 @@ static inline int wide(uint64_t n)
     (void)n;
     return 0;
 }
+
 static inline int past(const uint8_t *dst)
 {
     (void)dst;
     return 0;
 }
+
 void pv_moved_past(void)
 {
 }
+
 #define move_wide(dst, src, n) 0
 #define move_past_wide(dst, src, n) 0
 #define move_twice_wide(dst1, dst2, src, n) 0

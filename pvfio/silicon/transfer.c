@@ -3,8 +3,8 @@
  * after the other, while the memory of the next one is on its way. The device's memory is written past the caches: it is
  * large, and fetching lines only to overwrite them is half of a write's time.
  *
- * A move of several translations, or of a remote range, goes alone as pv_bus_read and pv_bus_write do it. Not here:
- * interrupt messages, moves that may end in the middle.
+ * A move of several translations, of a remote range or of more than a section goes alone, as pv_bus_read and pv_bus_write
+ * do it, through the caches. Not here: interrupt messages.
  */
 #include <string.h>
 
@@ -25,8 +25,8 @@ struct piece {
 };
 
 /*
- * Of the device's memory, which no cache may have; the host's is mostly near. Always inline: a call of a function that only
- * prefetches is one that compilers leave out.
+ * Of the device's memory, which may be in no cache; the host's is mostly near. Always inline: a call of a function that
+ * only prefetches is one that compilers leave out.
  */
 static inline __attribute__((always_inline)) void ask_for(const struct piece *p)
 {
@@ -34,7 +34,7 @@ static inline __attribute__((always_inline)) void ask_for(const struct piece *p)
         __builtin_prefetch(p->from + at, 0, 1);
 }
 
-/* Towards the host, the processor's own string move: lines to be written are near. */
+/* Towards the host the library's copy: the lines to be written are near. */
 static void move_pieces(const struct piece *piece, uint32_t count)
 {
     bool past = false;
@@ -59,8 +59,6 @@ static int translate_whole(struct section *s, const struct pv_transfer *t, struc
 {
     struct pv_span span;
     struct pv_dma dma;
-    if (!t->n)
-        return ALONE;
     int result = translate(s, t->iova, t->perm, t->n, &span, &dma);
     if (result == -EFAULT)
         return result;
@@ -72,8 +70,13 @@ static int translate_whole(struct section *s, const struct pv_transfer *t, struc
     return 0;
 }
 
-/* As many as one section and one translation each allow; how many that were. */
-static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count)
+static inline bool fits_a_section(const struct pv_transfer *t)
+{
+    return t->n && t->n <= PV_SECTION_BYTES;
+}
+
+/* As many as one section and one translation each allow; how many that were, and whether the next one goes alone. */
+static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count, bool *alone)
 {
     struct section s;
     struct piece piece[GATHER];
@@ -83,9 +86,10 @@ static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer,
             transfer[done].result = -ECANCELED;
         return count;
     }
-    for (; done < count && pieces < GATHER && transfer[done].n <= s.left; done++) {
+    for (; done < count && pieces < GATHER && fits_a_section(&transfer[done]) && transfer[done].n <= s.left; done++) {
         int result = translate_whole(&s, &transfer[done], &piece[pieces]);
-        if (result == ALONE)
+        *alone = result == ALONE;
+        if (*alone)
             break;
         transfer[done].result = result;
         pieces += !result;
@@ -95,7 +99,7 @@ static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer,
     return done;
 }
 
-static int alone(struct pv_bus *bus, const struct pv_transfer *t)
+static int move_alone(struct pv_bus *bus, const struct pv_transfer *t)
 {
     struct pv_dma dma;
     return t->perm == PV_DMA_WRITE ? pv_bus_write(bus, t->iova, t->bytes, t->n, &dma)
@@ -104,13 +108,13 @@ static int alone(struct pv_bus *bus, const struct pv_transfer *t)
 
 void pv_bus_transfer(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count)
 {
-    while (count) {
-        uint32_t done = in_one_section(bus, transfer, count);
-        if (!done) {
-            transfer->result = alone(bus, transfer);
-            done = 1;
+    for (uint32_t done = 0; done < count;) {
+        bool alone = !fits_a_section(&transfer[done]);
+        if (!alone)
+            done += in_one_section(bus, transfer + done, count - done, &alone);
+        if (alone) {
+            transfer[done].result = move_alone(bus, &transfer[done]);
+            done++;
         }
-        transfer += done;
-        count -= done;
     }
 }

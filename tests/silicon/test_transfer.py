@@ -31,6 +31,16 @@ Bytes = NDArray[np.uint8]
 Move = tuple[int, int, int, bool]  # host offset, media offset, bytes, towards the host
 
 
+def aligned(size: int, seed: int | None = None) -> Bytes:
+    """Noise, or zeros, from a page boundary on, as a namespace is: only whole lines can go past the caches."""
+    raw = np.zeros(size + PAGE, np.uint8)
+    start = -raw.ctypes.data % PAGE
+    found = raw[start : start + size]
+    if seed is not None:
+        found[:] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    return found
+
+
 def open_bus(memory: Bytes) -> TableBus:
     bus = TableBus()
     bus.map(BASE, memory[:BIG])
@@ -85,8 +95,7 @@ def a_move(draw: st.DrawFn) -> Move:
 @given(moves=st.lists(a_move(), max_size=40), seed=st.integers(0, 1 << 32))
 def test_as_one_by_one(moves: list[Move], seed: int) -> None:
     """In their order, and as far as the page that does not translate."""
-    rng = np.random.default_rng(seed)
-    memory, media = (rng.integers(0, 256, size, dtype=np.uint8) for size in (SIZE, MEDIA))
+    memory, media = aligned(SIZE, seed), aligned(MEDIA, seed + 1)
     expected, expected_media = memory.copy(), media.copy()
     bus, reference = open_bus(memory), open_bus(expected)
     wanted = one_by_one(reference, moves, expected, expected_media)
@@ -98,10 +107,10 @@ def test_as_one_by_one(moves: list[Move], seed: int) -> None:
 @pytest.mark.parametrize("to_host", [False, True])
 def test_memory_that_begins_anywhere(to_host: bool) -> None:
     """Lines that are not whole, and the last bytes of a move, are moved as well as the others."""
-    memory, media = np.zeros(SIZE, np.uint8), np.zeros(MEDIA, np.uint8)
+    memory, media = aligned(SIZE), aligned(MEDIA)
     source, target = (media, memory) if to_host else (memory, media)
     bus = open_bus(memory)
-    for shift in range(0, 130, 13):
+    for shift in (0, 1, 13, 63, 64, 100, 128):
         for n in (1, 63, 256, 257, 511, 1024, 4000):
             source[shift : shift + n] = np.random.default_rng(n).integers(1, 256, n, dtype=np.uint8)
             target[: shift + n + 64] = 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,12 +29,20 @@ MOVES = 16  # commands whose data waits at most
 
 
 class Disk(Rig):
-    """Eight blocks of noise, and six buffers: one does not translate, one cannot be written."""
+    """Eight blocks in memory, in an image, and with metadata; six buffers: one does not translate, one is read-only."""
 
     def __init__(self, kind: Any = "inline") -> None:
         super().__init__(kind)
         self.backing = self.memory_namespace(size=BLOCKS * PAGE)
-        self.set_media(self.backing, 0, noise(BLOCKS * PAGE))
+        with tempfile.NamedTemporaryFile() as image:
+            os.truncate(image.name, BLOCKS * PAGE)
+            self.backings = (
+                self.backing,
+                self.file_namespace(image.name, 2),
+                self.memory_namespace(3, BLOCKS * PAGE, metadata=8),
+            )
+        for number, backing in enumerate(self.backings):
+            self.set_media(backing, 0, noise(BLOCKS * PAGE, 10 + number))
         self.put(DATA, noise(BUFFERS * PAGE, 2))
         self.unmap(UNMAPPED)
         self.unmap(READ_ONLY)
@@ -46,7 +57,8 @@ class Disk(Rig):
         log = [(e.cmdid, e.status_field, e.parm_error_location, e.lba, e.nsid, e.sqid) for e in entries]
         counted = (stats.reads, stats.writes, stats.read_bytes, stats.written_bytes, stats.media_errors)
         memory = self.at(DATA, BUFFERS * PAGE).tobytes()
-        return counted, log[: total[0]], memory, self.media(self.backing, 0, BLOCKS * PAGE).tobytes()
+        media = [self.media(backing, 0, BLOCKS * PAGE).tobytes() for backing in self.backings]
+        return counted, log[: total[0]], memory, media
 
 
 @pytest.fixture
@@ -57,16 +69,21 @@ def disk() -> Iterator[Disk]:
 
 @dataclass(frozen=True)
 class Io:
-    """A command on a block, its data in a buffer, and, of two blocks, the next but one buffer."""
+    """A command on a block, its data in a buffer, and, of two blocks, in one that is ``step`` further on."""
 
     opcode: int
     lba: int
     buffer: int
     blocks: int
+    nsid: int
+    step: int
+    control: int
 
     def command(self) -> Any:
-        at, second = DATA + self.buffer * PAGE, DATA + (self.buffer + 2) % BUFFERS * PAGE
-        return command(self.opcode, lba=self.lba, blocks=self.blocks, prp1=at, prp2=second)
+        second = DATA + (self.buffer + self.step) % BUFFERS * PAGE
+        more = {"prp2": second, "metadata": DATA + BUFFERS * PAGE, "control": self.control}
+        prp1 = DATA + self.buffer * PAGE
+        return command(self.opcode, self.nsid, lba=self.lba, blocks=self.blocks, prp1=prp1, **more)
 
 
 ios = st.builds(
@@ -75,6 +92,9 @@ ios = st.builds(
     st.integers(0, BLOCKS),  # the last one is no block
     st.integers(0, BUFFERS - 1),
     st.sampled_from([1, 1, 1, 2]),
+    st.sampled_from([1] * 6 + [2, 3]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([0, 0, 0, lib.NVME_RW_FUA]),
 )
 
 
@@ -127,6 +147,30 @@ def test_a_read_sees_the_write_before_it(disk: Disk) -> None:
         assert (disk.at(at, PAGE) == fresh).all()
 
 
+@pytest.mark.parametrize("sgl", [False, True])
+def test_a_list_that_the_command_before_reads(disk: Disk, sgl: bool) -> None:
+    """Where data goes may be among the data of the command before."""
+    old, new = ([DATA + at * PAGE for at in pages] for pages in ((0, 1), (2, 3)))
+    for found in (old, new):
+        words = [word for at in found for word in ((at, PAGE) if sgl else (at,))]
+        page = b"".join(word.to_bytes(8, "little") for word in words).ljust(PAGE, b"\0")
+        if found is old:
+            disk.put(LISTS, page)
+        else:
+            disk.set_media(disk.backing, 0, np.frombuffer(page, np.uint8))
+    last_segment = (lib.NVME_SGL_LAST_SEGMENT << 4) << 56 | 32
+    listed = (
+        command(READ, lba=1, blocks=2, prp1=LISTS, prp2=last_segment, flags=lib.NVME_CMD_SGL_METABUF)
+        if sgl
+        else command(READ, lba=1, blocks=3, prp1=DATA + PAGE, prp2=LISTS)
+    )
+    before = disk.at(DATA, PAGE).copy()
+    disk.submit(command(READ, lba=0, prp1=LISTS), listed)
+    assert [status for _, status in disk.reap()] == [0, 0]
+    assert (disk.at(DATA, PAGE) == before).all()
+    assert (disk.at(DATA + 3 * PAGE, PAGE) == disk.media(disk.backing, (2 if sgl else 3) * PAGE, PAGE)).all()
+
+
 def test_writes_that_make_blocks_usable_do_not_wait(disk: Disk) -> None:
     """A refused one leaves the block as it was, to the reads of the same burst."""
     disk.submit(
@@ -141,8 +185,19 @@ def test_writes_that_make_blocks_usable_do_not_wait(disk: Disk) -> None:
     assert (disk.at(DATA, PAGE) == disk.at(DATA + PAGE, PAGE)).all()
 
 
-def test_a_thread_moves_them_too() -> None:
+def test_data_is_there_before_its_completion() -> None:
+    """On a thread: whoever sees a completion sees its data."""
     with Disk("thread") as disk:
-        disk.submit(*(command(READ, lba=i % BLOCKS, prp1=DATA + i % 4 * PAGE) for i in range(40)))
-        assert len(wait_for(lambda: found if len(found := disk.peek()) == 40 else None)) == 40
-        assert (disk.at(DATA, 4 * PAGE) == noise(BLOCKS * PAGE)[4 * PAGE :]).all()
+        buffers = DATA + BUFFERS * PAGE
+        wanted = noise(BLOCKS * PAGE, 10).reshape(BLOCKS, PAGE)
+        disk.submit(*(command(READ, lba=i % BLOCKS, prp1=buffers + i * PAGE) for i in range(40)))
+
+        def all_there() -> bool:
+            found = disk.peek()
+            for entry in found:
+                cid = int(entry["cid"])
+                assert entry["status"] >> 1 == 0
+                assert (disk.at(buffers + cid * PAGE, PAGE) == wanted[cid % BLOCKS]).all()
+            return len(found) == 40
+
+        wait_for(all_there)

@@ -193,6 +193,19 @@ async def test_an_image_has_no_metadata(tmp_path: Path) -> None:
         assert image.read_bytes() == bytes(MIB)
 
 
+async def test_what_it_is_kept_in(tmp_path: Path) -> None:
+    """Memory can be looked at beside the device; an image is a file."""
+    image = tmp_path / "disk"
+    image.write_bytes(b"x" * MIB)
+    async with running(namespaces=(NamespaceSpec(size=MIB), NamespaceSpec(image=image, size=0))) as rig:
+        assert (await rig.io(lib.NVME_CMD_WRITE, data=b"abc" + bytes(4093), nsid=1, cdw10=7)).status == 0
+        memory = rig.device.namespaces.by_nsid[1].memory
+        assert memory is not None
+        assert memory.shape == (MIB,)
+        assert memory[7 * 4096 : 7 * 4096 + 3].tobytes() == b"abc"
+        assert rig.device.namespaces.by_nsid[2].memory is None
+
+
 async def test_a_read_only_image_is_left_alone(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     image.write_bytes(b"x" * MIB)
