@@ -95,7 +95,7 @@ struct pv_transfer {
 };
 
 /*
- * In their order, and faster than one by one where they are small and each is one translation. One that fails keeps no
+ * In their order, and faster than one by one where they are small or go to the device's memory. One that fails keeps no
  * other from moving.
  */
 void pv_bus_transfer(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count);

@@ -3,8 +3,8 @@
  * after the other, while the memory of the next one is on its way. The device's memory is written past the caches: it is
  * large, and fetching lines only to overwrite them is half of a write's time.
  *
- * A move of several translations, of a remote range or of more than a section goes alone, as pv_bus_read and pv_bus_write
- * do it, through the caches. Not here: interrupt messages.
+ * A section ends wherever it is full, within a move too. What is remote goes alone, as pv_bus_read and pv_bus_write do it.
+ * Not here: interrupt messages.
  */
 #include <string.h>
 
@@ -52,69 +52,73 @@ static void move_pieces(const struct piece *piece, uint32_t count)
         pv_moved_past();
 }
 
-#define ALONE 1
+/* The next move that is not done yet, and how much of it is. */
+struct place {
+    uint32_t index;
+    uint64_t offset;
+};
 
-/* 0: one translation is all it needs. -EFAULT: it has none. */
-static int translate_whole(struct section *s, const struct pv_transfer *t, struct piece *p)
+/* One translation of what is left of a move: 0, PV_REMOTE or -EFAULT. */
+static int translate_next(struct section *s, const struct pv_transfer *t, uint64_t offset, struct piece *p)
 {
     struct pv_span span;
     struct pv_dma dma;
-    int result = translate(s, t->iova, t->perm, t->n, &span, &dma);
-    if (result == -EFAULT)
+    int result = translate(s, t->iova + offset, t->perm, t->n - offset, &span, &dma);
+    if (result)
         return result;
-    if (result || span.len < t->n)
-        return ALONE;
+    uint8_t *bytes = t->bytes + offset;
     bool to_host = t->perm == PV_DMA_WRITE;
-    *p = (struct piece){to_host ? span.ptr : t->bytes, to_host ? t->bytes : span.ptr, t->n, to_host};
-    s->left -= t->n;
+    *p = (struct piece){to_host ? span.ptr : bytes, to_host ? bytes : span.ptr, span.len, to_host};
+    s->left -= span.len;
     return 0;
 }
 
-static inline bool fits_a_section(const struct pv_transfer *t)
+static inline void end(struct pv_transfer *transfer, struct place *at, int result)
 {
-    return t->n && t->n <= PV_SECTION_BYTES;
+    transfer[at->index++].result = result;
+    at->offset = 0;
 }
 
-/* As many as one section and one translation each allow; how many that were, and whether the next one goes alone. */
-static uint32_t in_one_section(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count, bool *alone)
+/* As far as one section goes; whether what comes next is remote. */
+static bool in_one_section(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count, struct place *at)
 {
     struct section s;
     struct piece piece[GATHER];
-    uint32_t done = 0, pieces = 0;
+    uint32_t pieces = 0;
+    int result = 0;
     if (section_open(&s, bus)) {
-        for (; done < count; done++)
-            transfer[done].result = -ECANCELED;
-        return count;
+        while (at->index < count)
+            end(transfer, at, -ECANCELED);
+        return false;
     }
-    for (; done < count && pieces < GATHER && fits_a_section(&transfer[done]) && transfer[done].n <= s.left; done++) {
-        int result = translate_whole(&s, &transfer[done], &piece[pieces]);
-        *alone = result == ALONE;
-        if (*alone)
+    while (at->index < count && pieces < GATHER && s.left) {
+        const struct pv_transfer *t = &transfer[at->index];
+        result = t->n ? translate_next(&s, t, at->offset, &piece[pieces]) : 0;
+        if (result == PV_REMOTE)
             break;
-        transfer[done].result = result;
-        pieces += !result;
+        if (!result && t->n)
+            at->offset += piece[pieces++].n;
+        if (result || at->offset == t->n)
+            end(transfer, at, result);
     }
     move_pieces(piece, pieces);
     section_close(&s);
-    return done;
+    return result == PV_REMOTE;
 }
 
-static int move_alone(struct pv_bus *bus, const struct pv_transfer *t)
+/* What is left of a move, outside sections. */
+static int move_remote(struct pv_bus *bus, const struct pv_transfer *t, uint64_t offset)
 {
     struct pv_dma dma;
-    return t->perm == PV_DMA_WRITE ? pv_bus_write(bus, t->iova, t->bytes, t->n, &dma)
-                                   : pv_bus_read(bus, t->iova, t->bytes, t->n, &dma);
+    uint64_t iova = t->iova + offset, n = t->n - offset;
+    return t->perm == PV_DMA_WRITE ? pv_bus_write(bus, iova, t->bytes + offset, n, &dma)
+                                   : pv_bus_read(bus, iova, t->bytes + offset, n, &dma);
 }
 
 void pv_bus_transfer(struct pv_bus *bus, struct pv_transfer *transfer, uint32_t count)
 {
-    for (uint32_t done = 0; done < count;) {
-        bool alone = !fits_a_section(&transfer[done]);
-        if (!alone)
-            done += in_one_section(bus, transfer + done, count - done, &alone);
-        if (alone) {
-            transfer[done].result = move_alone(bus, &transfer[done]);
-            done++;
-        }
-    }
+    struct place at = {0, 0};
+    while (at.index < count)
+        if (in_one_section(bus, transfer, count, &at))
+            end(transfer, &at, move_remote(bus, &transfer[at.index], at.offset));
 }

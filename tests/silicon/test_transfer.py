@@ -165,3 +165,20 @@ def test_remote_memory_is_asked_for() -> None:
     assert (memory[: 2 * PAGE] == expected).all()
     assert (media[2 * PAGE : 4 * PAGE] == expected).all()
     assert far.requests == [(BASE + PAGE, PAGE, True), (BASE + PAGE, PAGE, False)]
+
+
+@pytest.mark.parametrize("to_host", [False, True])
+def test_a_move_that_goes_on_in_remote_memory(to_host: bool) -> None:
+    """What is here moves at once, only the rest is asked for, and the move after it is of memory that is here again."""
+    bus = TableBus()
+    far, memory = FarMemory(bus), aligned(4 * PAGE, 1)
+    bus.map(BASE, memory[: 2 * PAGE])
+    far.map(BASE + 2 * PAGE, memory[2 * PAGE :])
+    media = aligned(8 * PAGE, 2)
+    source, target = (media, memory) if to_host else (memory, media)
+    expected = source[: 4 * PAGE].copy()
+    moves = [(0, 0, 4 * PAGE, to_host), (0, 4 * PAGE, PAGE, False)]
+    assert transfer(bus, moves, media) == [0, 0]
+    assert (target[: 4 * PAGE] == expected).all()
+    assert (media[4 * PAGE : 5 * PAGE] == expected[:PAGE]).all()
+    assert far.requests == [(BASE + 2 * PAGE, 2 * PAGE, to_host)]
