@@ -18,7 +18,7 @@ import pytest
 
 from pvfio import cli
 from pvfio.cli_fio_status import status_text
-from pvfio.workloads.fio import Notes, bench, build, parse_job_text
+from pvfio.workloads.fio import Notes, bench, build, parse_job_text, share
 from pvfio.workloads.fio.engine import Engine
 from pvfio.workloads.fio.outcome import Place
 from pvfio.workloads.fio.queue import NullQueue
@@ -136,19 +136,24 @@ def test_an_interrupt_ends_a_verification(job: Path) -> None:
 
 def test_the_benchmark_prints_its_lines(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many figures as always, of fewer I/Os."""
-    monkeypatch.setattr(bench, "_COUNT", {depth: 2 * depth for depth in bench.DEPTHS})
+    monkeypatch.setattr(bench, "_COUNT", {key: 2 * key[1] for key in bench._COUNT})
     monkeypatch.setattr(bench, "_AWAITED", 3)
+    monkeypatch.setattr(share, "RATE", 20)
     assert cli._status(["fio", "--bench", "--engine", "thread"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("engine thread, one queue, 256 MiB of namespace in memory")
+    for case in bench.CASES:
+        rate = r"[\d.]+ M/s" if case.random else r"[\d.]+ GB/s"
+        row = rf"{case.size >> 10} KiB {case.name} +{case.depth} +{rate} +[\d.]+ us +{rate} +[\d.]+[* ]"
+        assert sum(bool(re.match(row, line)) for line in lines) == 1
     for operation in ("read", "write"):
-        for depth in bench.DEPTHS:
-            row = rf"4 KiB rand{operation} +{depth} +[\d.]+ M/s +[\d.]+ us +[\d.]+ M/s +[\d.]+[* ]"
-            assert sum(bool(re.match(row, line)) for line in lines) == 1
         assert sum(line.startswith(f"one {operation}: ") for line in lines) == 1
+    little = r"1,000 reads a second by interrupt: -?[\d.]+\*? % of a core .* nobody at work: [\d.]+\*? %"
+    assert sum(bool(re.match(little, line)) for line in lines) == 1
     assert cli._status(["fio", "--bench", "--output-format", "json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert [(row["operation"], row["depth"]) for row in found["table"]] == [
-        (operation, depth) for operation in ("read", "write") for depth in bench.DEPTHS
+    assert [(row["case"]["operation"], row["case"]["depth"]) for row in found["table"]] == [
+        (case.operation, case.depth) for case in bench.CASES
     ]
     assert found["awaited_read"] > 0 < found["awaited_write"]
+    assert found["shares"]["reads"] > 0 < found["shares"]["pace"]

@@ -15,10 +15,9 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +30,7 @@ from pvfio.devices.nvme import NamespaceSpec
 from pvfio.drivers.nvme import NvmeDriver, QueuePair
 from pvfio.drivers.nvme.queue import Completion
 from pvfio.machine import DeviceSpec, Machine, MachineConfig
+from pvfio.workloads.fio.share import RATE, measure_shares, plain_sleep, trio_timer
 
 BLOCK: Final = 4096
 TOTAL: Final = 256 << 20
@@ -174,37 +174,13 @@ async def tables(plain: PlainLoop, seconds: float) -> None:
 async def shares(seconds: float) -> None:
     """What a thread engine, its device and its driver take of a core when little happens."""
     async with running("thread", completion="interrupt") as (driver,):
-        buffer = await driver.device.container.alloc(BLOCK)
-        blocks = driver.namespaces[1].blocks
-
-        async def trio_timer(until: float) -> None:
-            await trio.sleep_until(until)
-
-        async def plain_sleep(until: float) -> None:
-            time.sleep(max(0.0, until - trio.current_time()))  # noqa: ASYNC251 - the cheapest pace there is
-
-        async def work(pause: Callable[[float], Awaitable[None]], read: bool) -> None:
-            start = trio.current_time()
-            for number in range(int(1000 * seconds)):
-                await pause(start + number / 1000)
-                if read:
-                    await driver.read(1, number * 7919 % blocks, buffer)
-
         for label, pause in {"trio's timer": trio_timer, "a plain sleep": plain_sleep}.items():
-            reading, pacing = [await share(partial(work, pause, read)) for read in (True, False)]
+            found = await measure_shares(driver, seconds=seconds, pause=pause)
             print(
-                f"1,000 reads a second at depth 1, interrupts, paced by {label}: {reading:.1f} % of a core, "
-                f"{pacing:.1f} % without the reads"
+                f"{RATE:,} reads a second at depth 1, interrupts, paced by {label}: {found.reads:.1f} % of a core, "
+                f"{found.pace:.1f} % without the reads"
             )
-        idle = await share(partial(trio.sleep, seconds))
-        print(f"a driver that waits for nothing: {idle:.2f} % of a core")
-
-
-async def share(work: Callable[[], Awaitable[None]]) -> float:
-    """The processor time of all threads meanwhile, in percent."""
-    start, before = time.perf_counter(), time.process_time()
-    await work()
-    return 100 * (time.process_time() - before) / (time.perf_counter() - start)
+        print(f"a driver that waits for nothing: {found.idle:.2f} % of a core")
 
 
 def main() -> None:

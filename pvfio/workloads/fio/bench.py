@@ -1,8 +1,11 @@
-"""How fast the NVMe path is: 4 KiB random reads and writes beside a plain C loop of the same copies.
+"""How fast the NVMe path is: reads and writes beside a plain C loop of the same copies.
 
-The loop copies between random places of the namespace's own memory and the same DMA buffers, with no device between
-them; device and loop take turns, and figures are medians over the turns. At depth 1 a turn is single commands: through
-``submit_one_nowait`` and a wait in C for the phase bit, and, beside it, awaited.
+4 KiB at random places, at several depths, and 128 KiB one after the other. The loop copies between places of the
+namespace's own memory and the same DMA buffers, with no device between them; device and loop take turns, and figures
+are medians over the turns. At depth 1 a turn is single commands: through ``submit_one_nowait`` and a wait in C for the
+phase bit, and, beside it, awaited.
+
+Not here: what little work costs (share.py).
 """
 
 from __future__ import annotations
@@ -23,37 +26,63 @@ if TYPE_CHECKING:
     from pvfio.drivers.nvme import NvmeDriver, QueuePair
     from pvfio.vfio import DmaBuffer
 
-__all__ = ["DEPTHS", "ORIENTATION", "SIZE", "Bench", "Figure", "fill", "measure", "turn", "turn_of_one"]
+__all__ = ["CASES", "DEPTHS", "SIZE", "Bench", "Case", "Figure", "fill", "measure", "turn", "turn_of_one"]
 
 DEPTHS: Final = (1, 32, 128)
 SIZE: Final = 4096
+_LONG: Final = 128 << 10
 _WORKING_SET: Final = 256 << 20
-_COUNT: Final = {1: 2000, 32: 32 * 512, 128: 128 * 128}
+_COUNT: Final = {
+    (SIZE, 1): 2000,
+    (SIZE, 32): 32 * 512,
+    (SIZE, 128): 128 * 128,
+    (_LONG, 32): _WORKING_SET // _LONG,
+}
 _WAIT_NS: Final = 1_000_000
 _AWAITED: Final = 300
 
-ORIENTATION: Final = {
-    ("read", 1): 0.78e6,
-    ("read", 32): 1.36e6,
-    ("read", 128): 1.36e6,
-    ("write", 1): 0.82e6,
-    ("write", 32): 1.59e6,
-    ("write", 128): 1.51e6,
-}
-"""I/Os a second of SPDK's vfio-user target and perf tool, a core each, on an idle machine of this kind."""
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """I/Os of ``size`` bytes, ``depth`` in flight, at random places or one after the other.
+
+    ``orientation``: I/Os a second of SPDK's vfio-user target and perf tool, a core each, on an idle machine of this
+    kind. ``target``: the ratio to the loop that is wanted, where one is.
+    """
+
+    operation: str
+    random: bool
+    size: int
+    depth: int
+    orientation: float
+    target: float | None
+
+    @property
+    def name(self) -> str:
+        """In fio's words."""
+        return f"{'rand' if self.random else ''}{self.operation}"
+
+
+CASES: Final = (
+    Case("read", True, SIZE, 1, 0.78e6, None),
+    Case("read", True, SIZE, 32, 1.36e6, 0.75),
+    Case("read", True, SIZE, 128, 1.36e6, 0.75),
+    Case("write", True, SIZE, 1, 0.82e6, None),
+    Case("write", True, SIZE, 32, 1.59e6, 0.75),
+    Case("write", True, SIZE, 128, 1.51e6, 0.75),
+    Case("read", False, _LONG, 32, 22e9 / _LONG, None),
+    Case("write", False, _LONG, 32, 19e9 / _LONG, None),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One direction at one depth: I/Os a second of the device and of the loop, and the median of their ratios."""
+    """A case's I/Os a second, by the device and by the loop, and the median of their ratios."""
 
-    operation: str
-    depth: int
+    case: Case
     rate: float
     loop_rate: float
     ratio: float
-    target: float | None
-    orientation: float
 
     @property
     def microseconds(self) -> float:
@@ -113,7 +142,7 @@ def turn_of_one(pair: QueuePair, opcode: int, nsid: int, blocks: int, lbas: list
 
 
 def _loop(
-    media: NDArray[np.uint8], buffers: NDArray[np.uint8], offsets: NDArray[np.uint64], slots: int, write: bool
+    case: Case, media: NDArray[np.uint8], buffers: NDArray[np.uint8], offsets: NDArray[np.uint64]
 ) -> float:
     began = time.perf_counter()
     lib.pv_fio_copy_loop(
@@ -121,9 +150,9 @@ def _loop(
         ffi.cast("uint8_t *", ffi.from_buffer(buffers)),
         ffi.cast("uint64_t *", ffi.from_buffer(offsets)),
         len(offsets),
-        SIZE,
-        slots,
-        write,
+        case.size,
+        case.depth,
+        case.operation == "write",
     )
     return time.perf_counter() - began
 
@@ -158,7 +187,7 @@ async def measure(
     if min(namespace.size, len(media)) < _WORKING_SET or pair.depth < max(DEPTHS):
         raise ValueError("the benchmark needs 256 MiB of namespace and a queue for 128 commands")
     container = nvme.device.container
-    buffer = await container.alloc(2 * max(DEPTHS) * SIZE, align=2 << 20)
+    buffer = await container.alloc(max(case.depth * case.size for case in CASES), align=2 << 20)
     try:
         await fill(pair, nsid, namespace.block_size, buffer, _WORKING_SET)
         return await _measure(nvme, nsid, buffer, media, rounds, advance or (lambda: None))
@@ -185,45 +214,53 @@ async def _measure(
     rounds: int,
     advance: Callable[[], None],
 ) -> Bench:
-    pair, block = nvme.queues[0], nvme.namespaces[nsid].block_size
     rng = np.random.default_rng(1)
+    block = nvme.namespaces[nsid].block_size
     table = []
-    for operation in ("read", "write"):
-        write = operation == "write"
-        opcode = lib.NVME_CMD_WRITE if write else lib.NVME_CMD_READ
-        for depth in DEPTHS:
-            iovas = np.uint64(buffer.iova or 0) + np.tile(np.arange(depth, dtype=np.uint64), 2) * np.uint64(
-                SIZE
-            )
-            pairs = []
-            for number in range(rounds + 1):
-                # Places of its own for each: those of the other are in a cache.
-                places = rng.integers(0, _WORKING_SET // SIZE, (2, _COUNT[depth]), dtype=np.uint64)
-                lbas = places[0] * np.uint64(SIZE // block)
-                if depth == 1:
-                    device = turn_of_one(pair, opcode, nsid, SIZE // block, lbas.tolist(), int(iovas[0]))
-                else:
-                    device = turn(pair, opcode, nsid, SIZE // block, lbas, iovas, depth)
-                loop = _loop(media, buffer, places[1] * np.uint64(SIZE), depth, write)
-                if number:  # the first one warms caches up
-                    pairs.append((device, loop))
-                await trio.lowlevel.checkpoint()
-            table.append(_figure(operation, depth, pairs))
-            advance()
+    for case in CASES:
+        pairs = []
+        for number in range(rounds + 1):
+            # Random places of its own for each: those of the other are in a cache.
+            turns = [_places(case, rng) for _ in range(2)]
+            device = _device_turn(case, nvme.queues[0], nsid, block, buffer, turns[0])
+            loop = _loop(case, media, buffer, turns[1] * np.uint64(case.size))
+            if number:  # the first one warms caches up
+                pairs.append((device, loop))
+            await trio.lowlevel.checkpoint()
+        table.append(_figure(case, pairs))
+        advance()
     lbas = rng.integers(0, _WORKING_SET // SIZE, _AWAITED, dtype=np.uint64) * np.uint64(SIZE // block)
     awaited = [await _awaited(nvme, nsid, buffer, lbas, write) for write in (False, True)]
     advance()
     return Bench(table, *awaited)
 
 
-def _figure(operation: str, depth: int, pairs: list[tuple[float, float]]) -> Figure:
-    count = _COUNT[depth]
+def _places(case: Case, rng: np.random.Generator) -> NDArray[np.uint64]:
+    """Where a turn's I/Os are, in units of their size."""
+    count, there = _COUNT[case.size, case.depth], _WORKING_SET // case.size
+    if case.random:
+        return rng.integers(0, there, count, dtype=np.uint64)
+    return np.arange(count, dtype=np.uint64) % np.uint64(there)
+
+
+def _device_turn(
+    case: Case, pair: QueuePair, nsid: int, block: int, buffer: DmaBuffer, places: NDArray[np.uint64]
+) -> float:
+    opcode = lib.NVME_CMD_WRITE if case.operation == "write" else lib.NVME_CMD_READ
+    blocks, iova = case.size // block, buffer.iova or 0
+    lbas = places * np.uint64(blocks)
+    if case.depth == 1:
+        return turn_of_one(pair, opcode, nsid, blocks, lbas.tolist(), iova)
+    slots = np.tile(np.arange(case.depth, dtype=np.uint64), 2)
+    iovas = np.uint64(iova) + slots * np.uint64(case.size)
+    return turn(pair, opcode, nsid, blocks, lbas, iovas, case.depth)
+
+
+def _figure(case: Case, pairs: list[tuple[float, float]]) -> Figure:
+    count = _COUNT[case.size, case.depth]
     return Figure(
-        operation,
-        depth,
+        case,
         rate=count / statistics.median(device for device, _ in pairs),
         loop_rate=count / statistics.median(loop for _, loop in pairs),
         ratio=statistics.median(loop / device for device, loop in pairs),
-        target=0.75 if depth > 1 else None,
-        orientation=ORIENTATION[operation, depth],
     )

@@ -1,0 +1,82 @@
+"""What of a core little work takes: single reads by interrupt at a steady rate, and nothing at all.
+
+Processor time is that of the whole process, the device's engine and trio's loop included.
+
+Not here: speed (bench.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from pvfio.drivers.nvme import NvmeDriver
+    from pvfio.vfio import DmaBuffer
+
+__all__ = ["RATE", "Shares", "measure_shares", "plain_sleep", "trio_timer"]
+
+RATE: Final = 1000
+_SIZE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """In percent of a core: ``RATE`` reads a second, what of that their pace takes by itself, and nobody at work."""
+
+    reads: float
+    pace: float
+    idle: float
+
+
+async def plain_sleep(until: float) -> None:
+    """The cheapest pace there is: the thread sleeps, and nothing else runs in it. ``until`` is a time of trio's."""
+    time.sleep(max(0.0, until - trio.current_time()))  # noqa: ASYNC251 - that is what it is for
+
+
+async def trio_timer(until: float) -> None:
+    """The pace of a task among others."""
+    await trio.sleep_until(until)
+
+
+async def measure_shares(
+    nvme: NvmeDriver, *, seconds: float = 2.0, pause: Callable[[float], Awaitable[None]] = plain_sleep
+) -> Shares:
+    """Awaits 4 KiB reads of the first namespace, one at a time, for ``seconds``; as long each for the rest.
+
+    ``nvme`` waits for interrupts; nobody else uses it. Raises what the driver raises. Cancelled: no read is in flight.
+    """
+    container = nvme.device.container
+    buffer = await container.alloc(_SIZE)
+    try:
+        reads = await _share(partial(_paced, nvme, buffer, seconds, pause))
+        pace = await _share(partial(_paced, nvme, None, seconds, pause))
+        return Shares(reads, pace, await _share(partial(trio.sleep, seconds)))
+    finally:
+        with trio.CancelScope(shield=True):
+            await container.free(buffer)
+
+
+async def _paced(
+    nvme: NvmeDriver, buffer: DmaBuffer | None, seconds: float, pause: Callable[[float], Awaitable[None]]
+) -> None:
+    nsid = min(nvme.namespaces)
+    namespace = nvme.namespaces[nsid]
+    step = _SIZE // namespace.block_size
+    there = namespace.blocks // step
+    start = trio.current_time()
+    for number in range(int(RATE * seconds)):
+        await pause(start + number / RATE)
+        if buffer is not None:
+            await nvme.read(nsid, number * 7919 % there * step, buffer)
+
+
+async def _share(work: Callable[[], Awaitable[None]]) -> float:
+    start, before = time.perf_counter(), time.process_time()
+    await work()
+    return 100 * (time.process_time() - before) / (time.perf_counter() - start)
