@@ -28,7 +28,7 @@ def run(options: DmatestOptions, engines: tuple[EngineChoice, ...]) -> int:
             raise UsageError("--bench measures every operation: it goes neither with --input nor --operation")
         results: dict[str, Bench] = {}
         total = _STEPS * len(engines)
-        with terminal_progress(total, "figures", quiet=options.json) as (emit, advance):
+        with terminal_progress(total, "figures", quiet=options.json, thread=False) as (emit, advance):
             for engine in engines:
                 results[engine] = await _measure(options, engine, lambda: advance(1))
                 if not options.json:

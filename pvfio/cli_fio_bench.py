@@ -26,7 +26,8 @@ def run(platform: Platform, engine: EngineChoice, ram: int, *, json: bool) -> in
     """Measures on a machine with 256 MiB of namespace in memory; 0."""
 
     async def main() -> int:
-        with terminal_progress(_STEPS, "figures", quiet=json, label="fio --bench") as (emit, advance):
+        progress = terminal_progress(_STEPS, "figures", quiet=json, label="fio --bench", thread=False)
+        with progress as (emit, advance):
             bench, shares = await _measure(platform, engine, ram, lambda: advance(1))
             if not json:
                 for line in _lines(engine, bench, shares):

@@ -27,7 +27,9 @@ _SIZE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """In percent of a core: ``RATE`` reads a second, what of that their pace takes by itself, and nobody at work."""
+    """In percent of a core: ``RATE`` reads a second, what of that their pace takes by itself, and nobody at work. Of
+    reads that did not keep up with their pace, what as many of them take.
+    """
 
     reads: float
     pace: float
@@ -54,9 +56,9 @@ async def measure_shares(
     container = nvme.device.container
     buffer = await container.alloc(_SIZE)
     try:
-        reads = await _share(partial(_paced, nvme, buffer, seconds, pause))
-        pace = await _share(partial(_paced, nvme, None, seconds, pause))
-        return Shares(reads, pace, await _share(partial(trio.sleep, seconds)))
+        reads = await _share(partial(_paced, nvme, buffer, seconds, pause), seconds)
+        pace = await _share(partial(_paced, nvme, None, seconds, pause), seconds)
+        return Shares(reads, pace, await _share(partial(trio.sleep, seconds), seconds))
     finally:
         with trio.CancelScope(shield=True):
             await container.free(buffer)
@@ -76,7 +78,7 @@ async def _paced(
             await nvme.read(nsid, number * 7919 % there * step, buffer)
 
 
-async def _share(work: Callable[[], Awaitable[None]]) -> float:
-    start, before = time.perf_counter(), time.process_time()
+async def _share(work: Callable[[], Awaitable[None]], seconds: float) -> float:
+    before = time.process_time()
     await work()
-    return 100 * (time.process_time() - before) / (time.perf_counter() - start)
+    return 100 * (time.process_time() - before) / seconds
