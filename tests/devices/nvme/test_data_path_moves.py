@@ -26,6 +26,12 @@ FAILED = lib.NVME_SC_DATA_XFER_ERROR | DNR
 BLOCKS, BUFFERS = 8, 6
 UNMAPPED, READ_ONLY = DATA + 4 * PAGE, DATA + 5 * PAGE
 MOVES = 16  # commands whose data waits at most
+SGL = lib.NVME_CMD_SGL_METABUF
+
+
+def sgl(kind: int, length: int) -> int:
+    """The second half of an SGL descriptor."""
+    return kind << 60 | length
 
 
 class Disk(Rig):
@@ -44,6 +50,9 @@ class Disk(Rig):
         for number, backing in enumerate(self.backings):
             self.set_media(backing, 0, noise(BLOCKS * PAGE, 10 + number))
         self.put(DATA, noise(BUFFERS * PAGE, 2))
+        for blocks in (1, 2):
+            bucket = (DATA, sgl(lib.NVME_SGL_BIT_BUCKET, blocks * PAGE))
+            self.put(LISTS + 16 * blocks, np.array(bucket, dtype=np.uint64))
         self.unmap(UNMAPPED)
         self.unmap(READ_ONLY)
         self.map(READ_ONLY, READABLE)
@@ -69,7 +78,9 @@ def disk() -> Iterator[Disk]:
 
 @dataclass(frozen=True)
 class Io:
-    """A command on a block, its data in a buffer, and, of two blocks, in one that is ``step`` further on."""
+    """A command on a block, its data in a buffer, and, of two blocks, in one that is ``step`` further on; or, as one
+    SGL descriptor, in the buffers from there on or in no memory at all. ``fused``: a compare and a write of that block.
+    """
 
     opcode: int
     lba: int
@@ -78,12 +89,25 @@ class Io:
     nsid: int
     step: int
     control: int
+    sgl: str | None
+    fused: bool
 
-    def command(self) -> Any:
+    def commands(self) -> list[Any]:
         second = DATA + (self.buffer + self.step) % BUFFERS * PAGE
         more = {"prp2": second, "metadata": DATA + BUFFERS * PAGE, "control": self.control}
         prp1 = DATA + self.buffer * PAGE
-        return command(self.opcode, self.nsid, lba=self.lba, blocks=self.blocks, prp1=prp1, **more)
+        if self.fused:
+            first, then = lib.NVME_CMD_FUSE_FIRST, lib.NVME_CMD_FUSE_SECOND
+            return [
+                command(COMPARE, self.nsid, lba=self.lba, prp1=prp1, flags=first),
+                command(WRITE, self.nsid, lba=self.lba, prp1=second, flags=then),
+            ]
+        if self.sgl == "block":
+            more |= {"prp2": sgl(lib.NVME_SGL_DATA_BLOCK, self.blocks * PAGE), "flags": SGL}
+        elif self.sgl == "bucket":
+            more |= {"prp2": sgl(lib.NVME_SGL_LAST_SEGMENT, 16), "flags": SGL}
+            prp1 = LISTS + 16 * self.blocks
+        return [command(self.opcode, self.nsid, lba=self.lba, blocks=self.blocks, prp1=prp1, **more)]
 
 
 ios = st.builds(
@@ -95,18 +119,23 @@ ios = st.builds(
     st.sampled_from([1] * 6 + [2, 3]),
     st.sampled_from([1, 2]),
     st.sampled_from([0, 0, 0, lib.NVME_RW_FUA]),
+    st.sampled_from([None] * 4 + ["block", "bucket"]),
+    st.sampled_from([False] * 7 + [True]),
 )
 
 
 @settings(max_examples=tries(150), deadline=None)
-@given(burst=st.lists(ios, min_size=1, max_size=40), interrupts=st.booleans())
+@given(burst=st.lists(ios, min_size=1, max_size=30), interrupts=st.booleans())
 def test_as_one_by_one(burst: list[Io], interrupts: bool) -> None:
     with Disk() as disk, Disk() as reference:
         if not interrupts:
             delete_and_create(disk)
-        wanted = [reference.run(one.command()) for one in burst]
-        disk.submit(*(one.command() for one in burst))
-        assert disk.reap() == list(enumerate(wanted))
+        wanted = []
+        for one in burst:
+            reference.submit(*one.commands())
+            wanted += reference.reap()
+        disk.submit(*(each for one in burst for each in one.commands()))
+        assert disk.reap() == wanted
         assert disk.state() == reference.state()
 
 
@@ -147,28 +176,39 @@ def test_a_read_sees_the_write_before_it(disk: Disk) -> None:
         assert (disk.at(at, PAGE) == fresh).all()
 
 
-@pytest.mark.parametrize("sgl", [False, True])
-def test_a_list_that_the_command_before_reads(disk: Disk, sgl: bool) -> None:
+@pytest.mark.parametrize("segment", [False, True])
+def test_a_list_that_the_command_before_reads(disk: Disk, segment: bool) -> None:
     """Where data goes may be among the data of the command before."""
     old, new = ([DATA + at * PAGE for at in pages] for pages in ((0, 1), (2, 3)))
     for found in (old, new):
-        words = [word for at in found for word in ((at, PAGE) if sgl else (at,))]
+        words = [word for at in found for word in ((at, PAGE) if segment else (at,))]
         page = b"".join(word.to_bytes(8, "little") for word in words).ljust(PAGE, b"\0")
         if found is old:
             disk.put(LISTS, page)
         else:
             disk.set_media(disk.backing, 0, np.frombuffer(page, np.uint8))
-    last_segment = (lib.NVME_SGL_LAST_SEGMENT << 4) << 56 | 32
     listed = (
-        command(READ, lba=1, blocks=2, prp1=LISTS, prp2=last_segment, flags=lib.NVME_CMD_SGL_METABUF)
-        if sgl
+        command(READ, lba=1, blocks=2, prp1=LISTS, prp2=sgl(lib.NVME_SGL_LAST_SEGMENT, 32), flags=SGL)
+        if segment
         else command(READ, lba=1, blocks=3, prp1=DATA + PAGE, prp2=LISTS)
     )
     before = disk.at(DATA, PAGE).copy()
     disk.submit(command(READ, lba=0, prp1=LISTS), listed)
     assert [status for _, status in disk.reap()] == [0, 0]
     assert (disk.at(DATA, PAGE) == before).all()
-    assert (disk.at(DATA + 3 * PAGE, PAGE) == disk.media(disk.backing, (2 if sgl else 3) * PAGE, PAGE)).all()
+    assert (
+        disk.at(DATA + 3 * PAGE, PAGE) == disk.media(disk.backing, (2 if segment else 3) * PAGE, PAGE)
+    ).all()
+
+
+def test_nothing_but_a_bucket(disk: Disk) -> None:
+    """Reads into no memory, among others: they succeed, and move nothing."""
+    before = disk.at(DATA, BUFFERS * PAGE).copy()
+    bucket = {"prp1": LISTS + 16, "prp2": sgl(lib.NVME_SGL_LAST_SEGMENT, 16), "flags": SGL}
+    disk.submit(*(command(READ, lba=i, **(bucket if i % 2 else {"prp1": DATA + PAGE})) for i in range(4)))
+    assert [status for _, status in disk.reap()] == [0] * 4
+    before[PAGE : 2 * PAGE] = disk.media(disk.backing, 2 * PAGE, PAGE)
+    assert (disk.at(DATA, BUFFERS * PAGE) == before).all()
 
 
 def test_writes_that_make_blocks_usable_do_not_wait(disk: Disk) -> None:
@@ -201,3 +241,41 @@ def test_data_is_there_before_its_completion() -> None:
             return len(found) == 40
 
         wait_for(all_there)
+
+
+@pytest.mark.parametrize("before", [1, 2, MOVES - 1, MOVES, MOVES + 1, 39])
+def test_a_stop_point_within_a_burst(disk: Disk, before: int) -> None:
+    """What was begun before it is complete, data and all; what comes after it has not moved a byte."""
+    buffers = DATA + BUFFERS * PAGE
+    wanted = noise(BLOCKS * PAGE, 10).reshape(BLOCKS, PAGE)
+    disk.engine.stop_before(before)
+    disk.submit(*(command(READ, lba=i % BLOCKS, prp1=buffers + i * PAGE) for i in range(40)))
+    assert disk.engine.stopped
+    assert [int(entry["cid"]) for entry in disk.peek()] == list(range(before))
+    pages = disk.at(buffers, 40 * PAGE).reshape(40, PAGE)
+    assert (pages[:before] == np.tile(wanted, (5, 1))[:before]).all()
+    assert not pages[before:].any()
+    disk.engine.resume()
+    assert disk.reap() == [(i, 0) for i in range(40)]
+    assert (pages == np.tile(wanted, (5, 1))).all()
+
+
+def test_paused_within_a_burst_nothing_moves() -> None:
+    """On a thread, wherever it was stopped: what is complete is there, and nothing comes until it goes on."""
+    with Disk("thread") as disk:
+        buffers = DATA + BUFFERS * PAGE
+        wanted = np.tile(noise(BLOCKS * PAGE, 10).reshape(BLOCKS, PAGE), (5, 1))
+        pages = disk.at(buffers, 40 * PAGE).reshape(40, PAGE)
+        for turn in range(50):
+            pages[:] = 0
+            disk.submit(*(command(READ, lba=i % BLOCKS, prp1=buffers + i * PAGE) for i in range(40)))
+            disk.engine.pause()
+            done = [int(entry["cid"]) - 40 * turn for entry in disk.peek()]
+            found = pages.copy()
+            assert (found[done] == wanted[done]).all()
+            assert len(disk.peek()) == len(done)
+            assert (pages == found).all()
+            disk.engine.unpause()
+            wait_for(lambda: len(disk.peek()) == 40)
+            assert [status for _, status in disk.reap()] == [0] * 40
+            assert (pages == wanted).all()
