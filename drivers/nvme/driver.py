@@ -36,8 +36,8 @@ def _on_first(
 ) -> Callable[Concatenate[NvmeDriver, P], Awaitable[None]]:
     """A command of a queue as one of the driver."""
 
-    async def run(self: NvmeDriver, /, *arguments: P.args, **options: P.kwargs) -> None:
-        await method(self.queues[0], *arguments, **options)
+    def run(self: NvmeDriver, /, *arguments: P.args, **options: P.kwargs) -> Awaitable[None]:
+        return method(self.queues[0], *arguments, **options)
 
     update_wrapper(run, method)
     return run

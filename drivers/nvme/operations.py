@@ -6,7 +6,7 @@ once becomes several commands, which are not one to anybody who looks meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -177,7 +177,7 @@ class QueuePair(VectorQueue):
 
         ``NvmeError`` COMPARE_FAILED where they are not; nothing was written then.
         """
-        namespace, blocks = self._extent(nsid, lba, expected)
+        namespace, blocks, _ = self._extent(nsid, lba, expected)
         if expected.nbytes != data.nbytes:
             raise ValueError(f"{expected.nbytes} bytes are compared, {data.nbytes} written")
         self._one_command(expected.nbytes)
@@ -202,10 +202,12 @@ class QueuePair(VectorQueue):
             raise ValueError(f"no namespace {nsid} was found on {self.device}")
         return namespace
 
-    def _extent(self, nsid: int, lba: int, *buffers: DmaBuffer) -> tuple[Namespace, int]:
-        """The namespace, and how many blocks the buffers are. ``ValueError`` for what is not whole blocks."""
+    def _extent(self, nsid: int, lba: int, *buffers: DmaBuffer) -> tuple[Namespace, int, int]:
+        """The namespace, how many blocks the buffers are, and where the first one is. ``ValueError`` for what is not
+        whole blocks.
+        """
         namespace = self._namespace(nsid)
-        size = 0
+        size, places = 0, []
         for buffer in buffers:
             iova = buffer.iova
             if iova is None:
@@ -213,11 +215,13 @@ class QueuePair(VectorQueue):
             if iova % 4 or not buffer.flags.c_contiguous:
                 raise ValueError("a buffer is contiguous and begins at a multiple of four bytes")
             size += buffer.nbytes
-        if not size or size % namespace.transfer_size:
-            raise ValueError(f"{size} bytes are not whole blocks of {namespace.transfer_size} bytes")
+            places.append(iova)
+        block = namespace.transfer_size
+        if not size or size % block:
+            raise ValueError(f"{size} bytes are not whole blocks of {block} bytes")
         if lba < 0:
             raise ValueError(f"no block has the number {lba}")
-        return namespace, size // namespace.transfer_size
+        return namespace, size // block, places[0]
 
     def _one_command(self, size: int) -> None:
         most = self._controller.max_transfer
@@ -234,51 +238,45 @@ class QueuePair(VectorQueue):
         control: int,
         deadline: float | None,
     ) -> None:
-        namespace, blocks = self._extent(nsid, lba, buffer)
-        if metadata is not None and metadata.nbytes != blocks * namespace.metadata:
-            raise ValueError(
-                f"{metadata.nbytes} bytes of metadata for {blocks} blocks of {namespace.metadata}"
-            )
-        most = min(_MOST_BLOCKS, self._controller.max_transfer // namespace.transfer_size)
-        first = buffer.iova or 0
+        namespace, blocks, first = self._extent(nsid, lba, buffer)
+        place = None
+        if metadata is not None:
+            if metadata.nbytes != blocks * namespace.metadata:
+                raise ValueError(
+                    f"{metadata.nbytes} bytes of metadata for {blocks} blocks of {namespace.metadata}"
+                )
+            place = metadata.iova or 0
+        name, block = opcode_name(opcode), namespace.transfer_size
+        most = min(_MOST_BLOCKS, self._controller.max_transfer // block)
         for done in range(0, blocks, most):
-            place = metadata.iova or 0 if metadata is not None else 0
-            await self._piece(
+            start = self._starter(
                 opcode,
-                namespace,
+                nsid,
                 lba + done,
                 min(most, blocks - done),
-                first + done * namespace.transfer_size,
-                place + done * namespace.metadata if metadata is not None else None,
+                first + done * block,
+                place + done * namespace.metadata if place is not None else None,
                 control,
-                deadline,
             )
+            self._judge(await self._run(start, name, deadline), opcode, nsid, lba + done)
 
-    async def _piece(
-        self,
-        opcode: int,
-        namespace: Namespace,
-        lba: int,
-        blocks: int,
-        iova: int,
-        metadata: int | None,
-        control: int,
-        deadline: float | None,
-    ) -> None:
+    def _starter(
+        self, opcode: int, nsid: int, lba: int, blocks: int, iova: int, metadata: int | None, control: int
+    ) -> Callable[[Command], None]:
+        """What submits one command."""
+
         def start(command: Command) -> None:
             if metadata is None:
-                command.cid = self.submit_one_nowait(
-                    opcode, namespace.nsid, lba, blocks, iova, control=control
-                )
+                command.cid = self.submit_one_nowait(opcode, nsid, lba, blocks, iova, control=control)
             else:
                 where = np.array([lba, iova, metadata], dtype=np.uint64)
                 cids = self.submit_nowait(
-                    opcode, namespace.nsid, where[:1], blocks, where[1:2], control=control, metadata=where[2:]
+                    opcode, nsid, where[:1], blocks, where[1:2], control=control, metadata=where[2:]
                 )
                 command.cid = int(cids[0])
             self._waiters[command.cid] = command
 
-        self._judge(await self._run(start, opcode_name(opcode), deadline), opcode, namespace.nsid, lba)
+        return start
 
     async def _blocks(
         self, opcode: int, nsid: int, lba: int, blocks: int, control: int, deadline: float | None
@@ -309,7 +307,7 @@ class QueuePair(VectorQueue):
         control: int,
         deadline: float | None,
     ) -> None:
-        namespace, blocks = self._extent(nsid, lba, *buffers)
+        namespace, blocks, _ = self._extent(nsid, lba, *buffers)
         self._one_command(blocks * namespace.transfer_size)
         sqe = _block_command(opcode, nsid, lba, blocks, control)
         async with self._controller.pages.borrow() as page:

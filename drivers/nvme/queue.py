@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import trio
@@ -146,7 +146,7 @@ class CommandQueue:
         command = Command(operation)
         if privileged:
             self._check()
-        else:
+        elif self._closed is not None or self.room < count:
             await self._wait_for_room(count, seconds, operation)
         start(command)
         try:
@@ -155,17 +155,18 @@ class CommandQueue:
             if not privileged:
                 await self._make_safe(lambda: command.done, lambda: [command.cid])
             raise
-        return await self._outcome(command, seconds, privileged)
+        if not command.done or command.aborted is not None:
+            await self._failed(command, seconds, privileged)
+        return command
 
-    async def _outcome(self, command: Command, seconds: float, privileged: bool) -> Command:
+    async def _failed(self, command: Command, seconds: float, privileged: bool) -> NoReturn:
+        """Raises what a command deserves that did not complete, or that a reset took back."""
         if not command.done:
             if not privileged:
                 await self._make_safe(lambda: command.done, lambda: [command.cid], grace=0)
             raise DeadlineExceeded(command.operation, seconds, device=self.device)
-        if command.aborted is not None:
-            self._controller.check()
-            raise OperationAborted(command.operation, command.aborted, device=self.device)
-        return command
+        self._controller.check()
+        raise OperationAborted(command.operation, command.aborted or "", device=self.device)
 
     async def _done(
         self,
